@@ -1,0 +1,50 @@
+"""Multi-GPU PyTorch from a notebook.
+
+After ``%load_ext nbddp``, a cell that starts with ``%%ddp --gpus 4`` runs on four ranks under torchrun, on the
+notebook's own variables. `launch` does the same for a function, in notebooks of any kind and in scripts.
+
+Importing this package imports neither torch nor IPython.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nbddp._errors import CaptureError, LaunchError, NbddpError, RankError, ResultError, RunTimeout
+
+if TYPE_CHECKING:
+    from nbddp._function import launch
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "LaunchError",
+    "NbddpError",
+    "RankError",
+    "ResultError",
+    "RunTimeout",
+    "launch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "launch":
+        from nbddp._function import launch
+
+        return launch
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def load_ipython_extension(shell: Any) -> None:
+    """Add ``%%ddp`` and ``%ddp`` to a shell, and start the launcher in the background."""
+    from nbddp import _magic
+
+    _magic.load(shell)
+
+
+def unload_ipython_extension(shell: Any) -> None:
+    """Take the magics away again, and end the launcher and all that it runs."""
+    from nbddp import _magic
+
+    _magic.unload(shell)

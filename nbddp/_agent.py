@@ -1,0 +1,164 @@
+"""The torchrun agent of one run: torch's own, called by torchrun's own functions.
+
+It is forked from the launcher and forks the ranks, or, where forking is not to be had, it is a new interpreter that
+starts them as new interpreters: ``python -m nbddp._agent TORCHRUN_ARGUMENTS``. Besides what torchrun does it only sees
+to its own end and its descendants' (a session of its own, the kernel's word by a socket), and says how ranks died.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nbddp import _process, _repair, _settings, _wire
+from nbddp._paths import RunDir
+from nbddp._rendezvous import BACKEND
+
+# torch looks for CUDA through NVML with this, instead of initialising the driver, which no fork would survive.
+_NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
+
+# How often the agent looks at its ranks, in seconds. The notebook learns of their end by its own sockets; this only
+# bounds how long they linger after it. torchrun's own default, 0.1, costs nothing; 0.001 would cost a tenth of a core.
+_MONITOR_INTERVAL = 0.02
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """What an agent needs to know; crosses the launcher's socket as JSON.
+
+    Attributes:
+        run_dir: The run directory.
+        ranks: How many ranks.
+        max_restarts: How often torchrun may start them again.
+        env: Their whole environment.
+        cwd: Their working directory; None if the notebook's own is gone.
+        umask: Their umask.
+        path: Their ``sys.path``.
+        start_method: "fork" or "spawn".
+    """
+
+    run_dir: str
+    ranks: int
+    max_restarts: int
+    env: Mapping[str, str]
+    cwd: str | None
+    umask: int
+    path: Sequence[str]
+    start_method: str
+
+    def torchrun_arguments(self) -> list[str]:
+        """Return what torchrun is called with, the script included."""
+        run = RunDir.from_environment(self.run_dir)
+        return [
+            *torchrun_options(self.ranks, self.max_restarts, self.start_method),
+            *("--log-dir", run.torchrun_logs),  # its own would stay in /tmp
+            run.script,
+        ]
+
+
+def torchrun_options(ranks: int, max_restarts: int, start_method: str) -> list[str]:
+    """Return torchrun's options for a run on this machine."""
+    options = ["--nnodes", "1", "--nproc-per-node", str(ranks), "--rdzv-backend", BACKEND, "--rdzv-id", BACKEND]
+    if max_restarts:
+        options += ["--max-restarts", str(max_restarts)]
+    if start_method == "fork":
+        options += ["--run-path", "--start-method", "fork", "--monitor-interval", str(_MONITOR_INTERVAL)]
+    return options
+
+
+def run_forked(launch: Launch, parent: int) -> None:
+    """Be the agent of a run, in a process that was just forked from the launcher. Does not return."""
+    code = 1
+    try:
+        os.setsid()
+        _process.become_subreaper()
+        _process.die_with_parent(parent)
+        run = RunDir.from_environment(launch.run_dir)
+        _redirect(run.agent_log)
+        os.umask(launch.umask)
+        if launch.cwd is not None:
+            os.chdir(launch.cwd)
+        _set_environment(launch.env)
+        sys.path[:] = launch.path
+        _repair.agent_pid = os.getpid()
+        _repair.agent_only = {_NVML_CHECK: launch.env.get(_NVML_CHECK)}
+        os.environ[_NVML_CHECK] = "1"
+        # torch leaves a file in the temporary directory for each rank that raises; the ranks get their own back.
+        tempfile.tempdir = run.temp
+        os.register_at_fork(before=_flush)
+        code = _serve(run, launch.torchrun_arguments())
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        _flush()
+        # The launcher's own exit handlers and finalisers are not this process's to run.
+        os._exit(code)
+
+
+def _serve(run: RunDir, arguments: list[str]) -> int:
+    """Run torchrun and tell the kernel how it ended; return the exit status."""
+    notebook = _wire.connect(run.socket)
+    _wire.send(notebook, "agent", pid=os.getpid())
+    failures: list[tuple[int, int]] = []
+    try:
+        failures = _torchrun(arguments)
+    finally:
+        _wire.send(notebook, "agent end", failures=failures)
+    return 1 if failures else 0
+
+
+def _torchrun(arguments: list[str]) -> list[tuple[int, int]]:
+    """Run torchrun's main function in its parts; return (local rank, exit status) of the ranks that failed."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    options = torchrun.get_args_parser()._option_string_actions
+    if "--numa-binding" in options:
+        # With no binding asked for, torch 2.9 and later look whether there is CUDA, in this process, and that is the
+        # end of forking. Ask for one, and take it away again before anything comes of it.
+        arguments = ["--numa-binding", "node", *arguments]
+    config, command, command_arguments = torchrun.config_from_args(torchrun.parse_args(arguments))
+    if "--numa-binding" in options:
+        config.numa_options = None
+    try:
+        torchrun.elastic_launch(config, command)(*command_arguments)
+    except ChildFailedError as error:
+        return [(rank, failure.exitcode) for rank, failure in error.failures.items()]
+    return []
+
+
+def _set_environment(env: Mapping[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(env)
+    time.tzset()
+
+
+def _redirect(log: str) -> None:
+    """Send what torchrun and torch print to a log; the ranks redirect their own output later."""
+    fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.close(fd)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+
+
+def main() -> Any:
+    """Be the agent of a run, in a new interpreter; the launcher has set all else up."""
+    _process.become_subreaper()
+    _process.die_with_parent(os.getppid())
+    return _serve(RunDir.from_environment(os.environ[_settings.RUN_DIR]), sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

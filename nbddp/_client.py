@@ -1,0 +1,197 @@
+"""The kernel's end of the launcher: starts it, asks it, replaces it, ends it."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+
+from nbddp import _process, _settings, _wire
+from nbddp._errors import LaunchError
+from nbddp._launcher import GOODBYE
+from nbddp._paths import Session, sweep
+
+# A launcher that was told to go needs a few milliseconds, or what is left of its imports.
+_GOODBYE_SECONDS = 5.0
+
+_COMMAND = "import sys; sys.path[:] = {path!r}; from nbddp._launcher import main; main({kernel}, {session!r}, {control})"
+
+
+class Client:
+    """One per kernel: its session directory and its launcher. Safe to use from any thread.
+
+    Attributes:
+        cannot_fork: True once a forked rank found that it cannot use CUDA; runs then start new interpreters.
+    """
+
+    def __init__(self) -> None:
+        self.cannot_fork = False
+        self._lock = threading.RLock()
+        self._session: Session | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._started_with: dict[str, str] = {}
+
+    def start(self, env: Mapping[str, str] | None = None) -> None:
+        """Start the launcher in the background, unless one is there that suits `env`.
+
+        Args:
+            env: The environment that ranks will have; this process's own by default.
+
+        Raises:
+            LaunchError: It cannot be started.
+        """
+        env = dict(os.environ if env is None else env)
+        with self._lock:
+            self._disown_parents()
+            wanted = _settings.read_at_load(env)
+            if self._process is not None and self._process.poll() is None and wanted == self._started_with:
+                return
+            self._stop_launcher()
+            session = self.session
+            ours, theirs = socket.socketpair()
+            command = _COMMAND.format(
+                path=_path_for_launcher(), kernel=os.getpid(), session=session.root, control=theirs.fileno()
+            )
+            env |= dict.fromkeys(_settings.THREAD_LIMITS, "1")
+            env |= {_settings.SESSION: session.name, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+            try:
+                with theirs, open(session.launcher_log, "wb") as log:
+                    self._process = subprocess.Popen(
+                        [sys.executable, "-P", "-c", command],
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=log,
+                        env=env,
+                        cwd=session.root,
+                        pass_fds=[theirs.fileno()],
+                        # Jupyter's interrupt signals the kernel's whole group; ranks are told once, by nbddp.
+                        start_new_session=True,
+                    )
+            except OSError as error:
+                ours.close()
+                raise LaunchError(f"cannot start the launcher: {error}") from error
+            self._control = ours
+            self._started_with = wanted
+
+    @property
+    def session(self) -> Session:
+        """This kernel's session; made at first use.
+
+        Raises:
+            LaunchError: Its directory cannot be made.
+        """
+        with self._lock:
+            self._disown_parents()
+            if self._session is None:
+                # What a killed kernel left is this user's, and nobody else will clear it away.
+                for name in sweep():
+                    _process.kill_all(_process.marked(_settings.SESSION, name))
+                self._session = Session()
+                atexit.register(self.close)
+            return self._session
+
+    def open_channel(self, env: Mapping[str, str]) -> _wire.Inbox:
+        """Return a channel for one request to a launcher that suits `env`.
+
+        Raises:
+            LaunchError: There is no launcher to be had.
+        """
+        with self._lock:
+            for attempt in (1, 2):
+                self.start(env)
+                assert self._control is not None
+                ours, theirs = socket.socketpair()
+                with theirs:
+                    try:
+                        socket.send_fds(self._control, [b"c"], [theirs.fileno()])
+                        return _wire.Inbox(ours)
+                    except OSError as error:
+                        # It died, and the process table does not know yet: another one.
+                        ours.close()
+                        self._stop_launcher()
+                        if attempt == 2:
+                            raise self.launcher_died() from error
+        raise AssertionError("unreachable")
+
+    def launcher_died(self) -> LaunchError:
+        """Return the error for a launcher that ended by itself."""
+        return LaunchError("nbddp's launcher ended before it could start the run", notes=(self.last_words(),))
+
+    def last_words(self) -> str:
+        """Return the end of the launcher's log."""
+        with contextlib.suppress(OSError), open(self.session.launcher_log, errors="replace") as log:
+            return log.read()[-2000:].strip()
+        return ""
+
+    def _disown_parents(self) -> None:
+        """Forget, in a forked child of the kernel, what is the kernel's."""
+        if self._session is not None and self._session.pid != os.getpid():
+            self._session = self._process = self._control = None
+
+    def end_leftovers(self) -> None:
+        """Kill what still runs of this session after its launcher was killed."""
+        _process.kill_all(_process.marked(_settings.SESSION, self.session.name))
+
+    def _stop_launcher(self) -> None:
+        process, self._process = self._process, None
+        control, self._control = self._control, None
+        if control is not None:
+            # With this word it leaves the session's directory alone, which outlives it.
+            with contextlib.suppress(OSError):
+                control.send(GOODBYE)
+            control.close()
+        if process is not None:
+            died = process.poll() is not None
+            if not died:
+                try:
+                    process.wait(_GOODBYE_SECONDS)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+                    died = True
+            if died:
+                self.end_leftovers()
+
+    def close(self) -> None:
+        """End the launcher, and with it every run, and delete the session's directory. Safe to call twice."""
+        with self._lock:
+            # A forked child of the kernel runs this at its exit, too.
+            self._disown_parents()
+            if self._session is not None:
+                self._stop_launcher()
+                self._session.close()
+                self._session = None
+            atexit.unregister(self.close)
+
+
+def _path_for_launcher() -> list[str]:
+    """Return the kernel's search path with the notebook's folder last."""
+    # The launcher imports half of the standard library anew; a queue.py or types.py beside the notebook must not stand
+    # in for Python's own. The kernel itself looks there first, but only once it is up.
+    return sorted(search_path(), key=lambda folder: folder == working_directory())
+
+
+def search_path() -> list[str]:
+    """Return ``sys.path`` as absolute folders; its empty entry is the working directory."""
+    here = working_directory()
+    return [os.path.normpath(os.path.join(here, os.fspath(p))) for p in sys.path if isinstance(p, str | os.PathLike)]
+
+
+def own_folders() -> Sequence[str]:
+    """Return the folders of ``sys.path`` that an interpreter started elsewhere would not have."""
+    prefixes = tuple(os.path.join(p, "") for p in {sys.prefix, sys.base_prefix, sys.exec_prefix})
+    return [p for p in search_path() if not os.path.join(p, "").startswith(prefixes)]
+
+
+def working_directory() -> str:
+    """Return the working directory, or an empty string if it was deleted."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""

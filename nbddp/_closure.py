@@ -1,0 +1,232 @@
+"""The cell's closure: the notebook's names that it uses, as a snapshot for the ranks, or a refusal that helps.
+
+A refusal costs nothing but its message: nothing has been launched and the notebook's namespace is as it was. It says
+which part of which variable cannot go, where the cell uses it, and what to do.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import time
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nbddp._errors import CaptureError
+from nbddp._paths import format_size
+from nbddp._pickling import Pickler, Snapshot
+
+# Looking for the culprit pickles part after part; a huge object must not turn a refusal into a wait.
+_SEARCH_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One captured name, as ``--dry-run`` lists it."""
+
+    name: str
+    kind: str
+    nbytes: int
+
+
+def capture(names: Mapping[str, Any], namespace: dict[str, Any], lines: Mapping[str, Sequence[int]]) -> Snapshot:
+    """Return a snapshot of `names`.
+
+    Args:
+        names: What the cell uses of the notebook.
+        namespace: The notebook's whole namespace.
+        lines: For each name, the lines of the cell that use it.
+
+    Raises:
+        CaptureError: A value cannot be pickled; names the part at fault.
+    """
+    try:
+        return Pickler(namespace).snapshot(names)
+    except Exception as error:
+        for name, value in names.items():
+            culprit = _failure(value, namespace)
+            if culprit is not None:
+                raise _refusal(name, value, namespace, lines.get(name, ()), culprit) from error
+        raise CaptureError(f"cannot send what the cell uses to the ranks: {_reason(error)}") from error
+
+
+def explain_results(names: Mapping[str, Any], namespace: dict[str, Any]) -> str:
+    """Return why these results of a cell cannot be pickled, naming the part at fault."""
+    for name, value in names.items():
+        error = _failure(value, namespace)
+        if error is not None:
+            path, _, culprit, reason = _culprit(name, value, namespace, error)
+            return f"cannot bring back '{path}' ({_type_of(culprit)}): {_reason(reason)}"
+    return f"cannot bring back {', '.join(names)}"
+
+
+def describe(names: Mapping[str, Any], namespace: dict[str, Any]) -> list[Captured]:
+    """Return each name with its type and its size when pickled on its own."""
+    return [
+        Captured(name, _kind(value), capture({name: value}, namespace, {}).nbytes) for name, value in names.items()
+    ]
+
+
+def table(captured: Sequence[Captured]) -> list[str]:
+    """Return lines that list captured names in columns."""
+    rows = [(item.name, item.kind, format_size(item.nbytes)) for item in captured]
+    widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
+    return [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, types.ModuleType):
+        return f"module {value.__name__}"
+    kind = type(value)
+    text = kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple):
+        return f"{text} {tuple(shape)} {getattr(value, 'dtype', '')}".rstrip()
+    if isinstance(value, type):
+        return f"class {value.__qualname__}"
+    return text
+
+
+def _failure(value: Any, namespace: dict[str, Any]) -> Exception | None:
+    try:
+        Pickler(namespace).snapshot({"value": value})
+    except Exception as error:
+        return error
+    return None
+
+
+def _refusal(
+    name: str, value: Any, namespace: dict[str, Any], lines: Sequence[int], error: Exception
+) -> CaptureError:
+    """Return the error for a name whose value cannot be pickled."""
+    path, user, culprit, error = _culprit(name, value, namespace, error)
+    where = f", used on line {_listed(lines)} of the cell," if lines and not user else ""
+    if user:
+        where = f", which {user} uses,"
+    return CaptureError(
+        f"cannot send '{path}' ({_type_of(culprit)}){where} to the ranks: {_reason(error)}. Make it inside the cell",
+        name=name,
+        path=path,
+        lines=tuple(lines),
+    )
+
+
+def _culprit(
+    name: str, value: Any, namespace: dict[str, Any], error: Exception
+) -> tuple[str, str, Any, Exception]:
+    """Search what `value` consists of for the smallest part that cannot be pickled.
+
+    Returns:
+        The path to it; the function that uses it, if it is a global variable of one; it; and its own error.
+    """
+    path, user, culprit = name, "", value
+    seen = {id(value)}
+    deadline = time.monotonic() + _SEARCH_SECONDS
+    found = True
+    while found and time.monotonic() < deadline:
+        found = False
+        for step, child in _parts(culprit):
+            if id(child) in seen:
+                continue
+            seen.add(id(child))
+            inner = _failure(child, namespace)
+            if inner is not None:
+                if step.startswith("global "):
+                    path, user = step.removeprefix("global "), path
+                else:
+                    path += step
+                culprit, error, found = child, inner, True
+                break
+    return path, user, culprit, error
+
+
+def _type_of(obj: Any) -> str:
+    kind = type(obj)
+    return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.").removeprefix("__main__.")
+
+
+def _listed(lines: Sequence[int]) -> str:
+    return ", ".join(str(line) for line in lines[:3]) + (" and others" if len(lines) > 3 else "")
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    kind = type(error).__name__
+    if not text:
+        return f"pickling it raised {kind}"
+    # "cannot pickle 'X' object" needs no exception's name beside it.
+    return text[0] if kind in ("TypeError", "PicklingError") else f"{kind}: {text[0]}"
+
+
+def _parts(obj: Any) -> Iterator[tuple[str, Any]]:
+    """Yield (how it is reached from `obj`, part) for what pickling `obj` pickles."""
+    match obj:
+        case types.FunctionType():
+            yield from _parts_of_function(obj)
+        case types.MethodType():
+            yield ".__self__", obj.__self__
+            yield ".__func__", obj.__func__
+        case functools.partial():
+            yield ".func", obj.func
+            yield from ((f".args[{i}]", arg) for i, arg in enumerate(obj.args))
+            yield from ((f".keywords[{key!r}]", arg) for key, arg in obj.keywords.items())
+        case type():
+            yield from ((f".{name}", member) for name, member in vars(obj).items() if name not in _CLASS_OWN)
+        case classmethod() | staticmethod():
+            yield ".__func__", obj.__func__
+        case property():
+            yield from ((f".{n}", f) for n in ("fget", "fset", "fdel") if (f := getattr(obj, n)) is not None)
+        case dict():
+            yield from ((f"[{key!r}]", part) for key, part in list(obj.items()))
+            yield from _attributes(obj)
+        case list() | tuple() | collections.deque():
+            yield from ((f"[{i}]", part) for i, part in enumerate(obj))
+            yield from _attributes(obj)
+        case set() | frozenset():
+            yield from ((f"{{{part!r:.40}}}", part) for part in obj)
+        case _:
+            yield from _attributes(obj)
+
+
+_CLASS_OWN = frozenset({"__dict__", "__weakref__", "__module__", "__doc__", "_abc_impl"})
+
+
+def _parts_of_function(function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield f".<closure>.{name}", cell.cell_contents
+        except ValueError:  # not bound yet
+            continue
+    yield from ((f".__defaults__[{i}]", value) for i, value in enumerate(function.__defaults__ or ()))
+    yield from ((f".__kwdefaults__[{k!r}]", value) for k, value in (function.__kwdefaults__ or {}).items())
+    yield from _attributes(function)
+    for name in _global_names(function.__code__):
+        if name in function.__globals__:
+            yield f"global {name}", function.__globals__[name]
+
+
+def _global_names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _global_names(constant)
+
+
+def _attributes(obj: Any) -> Iterator[tuple[str, Any]]:
+    state = None
+    try:
+        state = obj.__getstate__() if hasattr(obj, "__getstate__") else vars(obj)
+    except Exception:  # its own trouble: then it is itself the culprit
+        return
+    if isinstance(state, tuple) and len(state) == 2:  # (__dict__, slots)
+        state = {**(state[0] or {}), **(state[1] or {})} if isinstance(state[1], dict) else None
+    if not isinstance(state, dict):
+        state = getattr(obj, "__dict__", {})
+    for name, part in list(state.items()):
+        # nn.Module keeps its parts in three dictionaries; a person knows them as attributes.
+        if name in ("_modules", "_parameters", "_buffers") and isinstance(part, dict):
+            yield from ((f".{key}", value) for key, value in part.items())
+        else:
+            yield f".{name}", part

@@ -1,0 +1,86 @@
+"""Which devices a run gets, decided before anything is launched."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from nbddp import _process
+from nbddp._errors import LaunchError
+from nbddp._options import Options
+
+_LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
+
+
+@dataclass(frozen=True)
+class Devices:
+    """How many ranks there are and on what.
+
+    Attributes:
+        ranks: Number of ranks.
+        gpus: Whether each has a GPU.
+        visible: CUDA_VISIBLE_DEVICES for the ranks; None to leave it as it is.
+        note: A line for the user, if the run is not quite what was asked for.
+    """
+
+    ranks: int
+    gpus: bool
+    visible: str | None = None
+    note: str | None = None
+
+
+def choose(options: Options, env: Mapping[str, str], count_gpus: Callable[[], int]) -> Devices:
+    """Return the devices for a run.
+
+    Args:
+        options: What the user asks for.
+        env: The ranks' environment.
+        count_gpus: Returns how many GPUs a process with that environment sees; called only if it matters.
+
+    Raises:
+        LaunchError: There are fewer GPUs than asked for, or none and no number of ranks was given.
+    """
+    if options.cpus is not None:
+        return Devices(options.cpus, gpus=False)
+    there = count_gpus()
+    wanted = len(options.gpu_ids) or options.gpus
+    if there == 0:
+        if options.gpu_ids:
+            raise LaunchError(f"--gpu-ids {_listed(options)}: there is no GPU here. --cpus {wanted} runs on the CPU")
+        if wanted is None:
+            raise LaunchError("there is no GPU here, so say how many ranks to run on the CPU, as in %%ddp --cpus 2")
+        ranks = "1 rank" if wanted == 1 else f"{wanted} ranks"
+        return Devices(wanted, gpus=False, note=f"nbddp: there is no GPU here; {ranks} on the CPU, over gloo")
+    have = "1 GPU" if there == 1 else f"{there} GPUs"
+    if options.gpu_ids:
+        if max(options.gpu_ids) >= there:
+            raise LaunchError(f"--gpu-ids {_listed(options)}: there {'is' if there == 1 else 'are'} {have} here, numbered from 0")
+        # The numbers are those that the notebook's own torch uses, which may itself see only some of the GPUs.
+        seen = env.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        chosen = [seen[i] if len(seen) == there and seen[i] else str(i) for i in options.gpu_ids]
+        return Devices(len(chosen), gpus=True, visible=",".join(chosen))
+    if wanted is not None and wanted > there:
+        raise LaunchError(
+            f"--gpus {wanted}: there {'is' if there == 1 else 'are'} {have} here. "
+            f"Ask for --gpus {there}, or for --cpus {wanted} to run on the CPU"
+        )
+    return Devices(wanted or there, gpus=True)
+
+
+def environment(base: Mapping[str, str], options: Options, devices: Devices) -> dict[str, str]:
+    """Return the environment of the ranks: the notebook's, what the user sets, and what must be set and is not."""
+    env = dict(base)
+    if devices.visible is not None:
+        env["CUDA_VISIBLE_DEVICES"] = devices.visible
+    env |= options.env
+    # torchrun's own default of one thread would leave most of a large machine idle.
+    env.setdefault("OMP_NUM_THREADS", str(max(1, _process.usable_cores() // devices.ranks)))
+    # On one machine nothing has to listen where another could reach it.
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        env.setdefault(name, _LOOPBACK_INTERFACE)
+    return env
+
+
+def _listed(options: Options) -> str:
+    return ",".join(map(str, options.gpu_ids))

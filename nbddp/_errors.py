@@ -1,0 +1,102 @@
+"""Every error that nbddp raises, and how a notebook shows it.
+
+::
+
+    NbddpError
+    ├── CaptureError      a notebook variable cannot be sent to the ranks; nothing was launched
+    ├── LaunchError       no rank ever ran the cell: devices, launcher, torchrun, disk space
+    ├── RankError         a rank raised, exited or died; the cell has failed
+    ├── RunTimeout        --timeout passed (also a TimeoutError)
+    └── ResultError       the cell ran, but the names of --out could not be brought back
+
+An interrupted run raises a plain KeyboardInterrupt, so that "Run All" stops as it does for any cell.
+
+Their messages hold no process id, port, path under the temporary directory or time of day: notebook tests compare
+them from run to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+
+class NbddpError(Exception):
+    """The base of nbddp's errors.
+
+    A notebook shows the message and what came from the ranks; the frames of nbddp's own code would tell the reader
+    nothing.
+    """
+
+    def __init__(self, message: str, *, details: tuple[str, ...] = (), notes: tuple[str, ...] = ()) -> None:
+        """Make an error.
+
+        Args:
+            message: One sentence or two: what failed, the value given, the next step.
+            details: Lines shown above the message, such as a rank's traceback.
+            notes: Lines shown below it.
+        """
+        super().__init__(message)
+        self._details = details
+        self._below = notes
+        # Outside IPython, the interpreter prints notes below the traceback.
+        for text in (*details, *notes):
+            self.add_note(text)
+
+    def _render_traceback_(self) -> list[str]:
+        return [*self._details, f"{type(self).__name__}: {self}", *self._below]
+
+
+class CaptureError(NbddpError):
+    """A name that the cell uses cannot be sent to the ranks.
+
+    Attributes:
+        name: The notebook's name for it.
+        path: The dotted path from that name to the part at fault, such as ``loader.dataset.conn``.
+        lines: The lines of the cell that use the name; empty if only a captured function does.
+    """
+
+    def __init__(self, message: str, *, name: str = "", path: str = "", lines: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.name = name
+        self.path = path
+        self.lines = lines
+
+
+class LaunchError(NbddpError):
+    """The ranks could not be started; nothing of the cell has run."""
+
+
+class ResultError(NbddpError):
+    """The cell ran to its end, but not every name of ``--out`` could be brought back, so none was assigned."""
+
+
+class RankError(NbddpError):
+    """A rank raised an exception, exited with a status other than 0, or was killed.
+
+    Attributes:
+        rank: The rank that failed first.
+        exception: The name of the exception's type, such as ``"ValueError"``; None if the rank raised none.
+        exitcode: Its exit status; negative for the number of the signal that killed it; None if it raised.
+        others: What became of the other ranks, in a few words each.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        rank: int,
+        exception: str | None = None,
+        exitcode: int | None = None,
+        others: Mapping[int, str] | None = None,
+        details: tuple[str, ...] = (),
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(message, details=details, notes=notes)
+        self.rank = rank
+        self.exception = exception
+        self.exitcode = exitcode
+        self.others = dict(others or {})
+
+
+class RunTimeout(NbddpError, TimeoutError):
+    """The run was stopped because ``--timeout`` passed; the notes say where each rank was."""

@@ -1,0 +1,93 @@
+"""`nbddp.launch`: a function on several ranks, from any notebook or script."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from nbddp import _client, _job
+from nbddp._options import Options
+from nbddp._relay import Screen, Terminal
+from nbddp._script import Cell
+
+_Result = TypeVar("_Result")
+
+_CALL, _VALUE = "__nbddp_call__", "__nbddp_value__"
+
+# One per process, shared with the magics: one launcher is enough.
+client = _client.Client()
+
+
+def launch(
+    fn: Callable[..., _Result],
+    *args: Any,
+    gpus: int | None = None,
+    cpus: int | None = None,
+    gpu_ids: Sequence[int] = (),
+    backend: str | None = None,
+    env: Mapping[str, str] | None = None,
+    timeout: float | None = None,
+    init: bool = True,
+    max_restarts: int = 0,
+) -> list[_Result]:
+    """Call ``fn(*args)`` on several ranks and return what it returned on each, in the order of ranks.
+
+    The function is sent as it is, with the variables, functions and classes of ``__main__`` that it uses; it need not
+    be importable. The ranks are new processes under torchrun, so it does not matter whether CUDA is in use here.
+
+    Args:
+        fn: What to call. For keyword arguments use ``functools.partial``.
+        *args: What to call it with; tensors are shared with the ranks copy-on-write, not copied to each.
+        gpus: Number of ranks, one per GPU; where there is no GPU at all, ranks on the CPU. Default: all GPUs.
+        cpus: Number of ranks on the CPU.
+        gpu_ids: GPUs to use, numbered as in ``torch.device("cuda:K")`` here.
+        backend: Process group backend; by default nccl on GPUs and gloo on the CPU.
+        env: Environment variables for the ranks, besides this process's own.
+        timeout: Seconds after which the run is stopped.
+        init: Whether the process group is initialised before the call.
+        max_restarts: How often torchrun may start the ranks again after a failure.
+
+    Returns:
+        A list with one entry per rank. Tensors come back on the CPU.
+
+    Raises:
+        ValueError: An argument cannot be.
+        CaptureError: The function or an argument cannot be sent.
+        LaunchError: The ranks could not be started.
+        RankError: A rank raised, exited or died.
+        RunTimeout: `timeout` passed.
+        ResultError: A return value cannot be brought back.
+    """
+    options = Options(
+        gpus=gpus,
+        cpus=cpus,
+        gpu_ids=tuple(gpu_ids),
+        backend=backend,
+        env=dict(env or {}),
+        timeout=timeout,
+        init=init,
+        max_restarts=max_restarts,
+    )
+    job = _job.Job(
+        cell=Cell(f"{_VALUE} = {_CALL}[0](*{_CALL}[1])", filename="<nbddp.launch>", number=0),
+        names={_CALL: (fn, args)},
+        namespace=vars(sys.modules["__main__"]),
+        options=options,
+        out=(_VALUE,),
+        gather=True,
+    )
+    return [names[_VALUE] for names in _job.perform(job, client, _screen()).results]
+
+
+def _screen() -> Screen:
+    """Return the notebook's own screen in a notebook, else the terminal."""
+    if "IPython" in sys.modules:
+        from IPython import get_ipython
+
+        shell = get_ipython()
+        if shell is not None:
+            from nbddp._magic import NotebookScreen
+
+            return NotebookScreen(shell)
+    return Terminal()

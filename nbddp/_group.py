@@ -1,0 +1,90 @@
+"""A rank's device and process group, and the way in which the user's own ``init_process_group`` takes over."""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+# nbddp's keys in the agent's store. With torch's own prefix, a group that the cell makes for itself after nbddp's was
+# destroyed would read the addresses of the old one.
+_PREFIX = "nbddp"
+
+_ours: Any = None
+
+
+class CannotForkError(Exception):
+    """CUDA cannot be initialised in this rank because it was forked; a new process could."""
+
+
+def own_device(gpus: bool, *, forked: bool) -> torch.device:
+    """Make the rank's own device the current one and return it.
+
+    Raises:
+        CannotForkError: The driver was initialised before the fork, by whomever.
+    """
+    if not gpus:
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    try:
+        # For real, now: torch only knows of its own initialisation, not of a raw cuInit by another library.
+        torch.cuda.init()
+        torch.cuda.set_device(device)
+    except (RuntimeError, AssertionError) as error:
+        if forked:
+            raise CannotForkError(str(error)) from error
+        raise
+    return device
+
+
+def init(backend: str | None, device: torch.device) -> None:
+    """Initialise the default process group from torchrun's environment."""
+    global _ours
+    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    # Bound to its device, NCCL neither guesses one at the first barrier nor warns that it did.
+    bound = {"device_id": device} if device.type == "cuda" and "nccl" in backend else {}
+    distributed_c10d._nbddp_original(  # type: ignore[attr-defined]  # see let_user_take_over
+        backend, store=dist.PrefixStore(_PREFIX, store), rank=rank, world_size=world_size, **bound
+    )
+    _ours = dist.group.WORLD
+
+
+def let_user_take_over() -> None:
+    """Have a call of ``init_process_group`` destroy nbddp's group first, so that tutorials run unchanged.
+
+    To be called before the closure is loaded: functions of the notebook that imported the name are pickled with a
+    reference to it.
+    """
+    original = distributed_c10d.init_process_group
+    if hasattr(distributed_c10d, "_nbddp_original"):
+        return
+
+    @functools.wraps(original)
+    def init_process_group(*args: Any, **kwargs: Any) -> None:
+        release()
+        original(*args, **kwargs)
+
+    distributed_c10d._nbddp_original = original  # type: ignore[attr-defined]
+    distributed_c10d.init_process_group = init_process_group
+    dist.init_process_group = init_process_group
+
+
+def release() -> None:
+    """Destroy the default group if it is still nbddp's."""
+    global _ours
+    if _ours is not None and dist.is_initialized() and dist.group.WORLD is _ours:
+        dist.destroy_process_group()
+    _ours = None
+
+
+def destroy() -> None:
+    """Destroy whatever groups the cell leaves."""
+    global _ours
+    _ours = None
+    if dist.is_initialized():
+        dist.destroy_process_group()

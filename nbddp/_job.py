@@ -1,0 +1,316 @@
+"""A job from the notebook's side, from its options to its results: the one way through nbddp.
+
+::
+
+    devices ──> capture ──> script ──> launch, wait, relay ──> results
+    _devices    _closure    _script    _run, _relay            _pickling
+
+The magic and `nbddp.launch` both come through here; they differ in what they hand in and in what they do with the
+results. The directory of the run is gone when this returns, whichever way it does.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+import secrets
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nbddp import _client, _closure, _devices, _process, _settings, _wire
+from nbddp._agent import Launch, torchrun_options
+from nbddp._errors import LaunchError, ResultError
+from nbddp._options import Options
+from nbddp._paths import RunDir, cannot_write, format_size
+from nbddp._pickling import Snapshot, Target, load_file
+from nbddp._relay import Relay, Screen
+from nbddp._report import error_of
+from nbddp._run import Ending, Run
+from nbddp._script import Cell, Script, Setup
+from nbddp._stop import GRACE_SECONDS, InterruptGate
+
+# What nbddp defines in the ranks where the notebook has no such name.
+GIVEN_NAMES = ("rank", "local_rank", "world_size", "device")
+
+MimeBundle = tuple[dict[str, Any], dict[str, Any]]
+
+
+@dataclass
+class Job:
+    """What is to run, and on what.
+
+    Attributes:
+        cell: The code.
+        names: What it uses of the namespace.
+        namespace: The whole namespace: ``__main__``'s.
+        options: How to run it.
+        lines: For each name, the lines of the cell that use it.
+        out: Names to bring back.
+        gather: Whether to bring them back from every rank, not from rank 0 alone.
+        source_of: Returns the lines of a file name that is no file: of a notebook's cell.
+        colors: The notebook's traceback colours.
+        grace: Seconds that ranks have to end after an interrupt.
+    """
+
+    cell: Cell
+    names: Mapping[str, Any]
+    namespace: dict[str, Any]
+    options: Options
+    lines: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    out: tuple[str, ...] = ()
+    gather: bool = False
+    source_of: Callable[[str], Sequence[str]] = lambda _: ()
+    colors: str = ""
+    grace: float = GRACE_SECONDS
+
+
+@dataclass
+class Finished:
+    """What a job brought.
+
+    Attributes:
+        results: For each rank that was asked, the names that came back.
+        value: The mime bundle of the cell's value, with its metadata; None if it had none.
+    """
+
+    results: list[dict[str, Any]]
+    value: MimeBundle | None
+
+
+def perform(job: Job, client: _client.Client, screen: Screen) -> Finished:
+    """Run a job to its end.
+
+    Raises:
+        NbddpError: It did not end well; see `nbddp._errors`.
+        KeyboardInterrupt: The user stopped it.
+    """
+    with InterruptGate() as gate:
+        method = _start_method(client)
+        while True:
+            try:
+                return _attempt(job, client, screen, gate, method)
+            except _CannotFork as error:
+                client.cannot_fork = True
+                method = "spawn"
+                screen.write(f"nbddp: CUDA does not work in a forked process here; starting new ones ({error})\n")
+
+
+class _CannotFork(Exception):  # noqa: N818  # control flow
+    """Forked ranks cannot use CUDA here; nothing of the cell has run."""
+
+
+def _start_method(client: _client.Client) -> str:
+    try:
+        wanted = _settings.start_method()
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
+    # macOS frameworks abort in forked children.
+    can_fork = sys.platform == "linux" and not client.cannot_fork
+    return wanted or ("fork" if can_fork else "spawn")
+
+
+def _attempt(job: Job, client: _client.Client, screen: Screen, gate: InterruptGate, method: str) -> Finished:
+    with gate.open():
+        snapshot = _closure.capture(job.names, job.namespace, job.lines)
+    env = {**os.environ, **job.options.env}
+    devices = _devices.choose(job.options, env, lambda: _count_gpus(client, env, gate))
+    env = _devices.environment(os.environ, job.options, devices)
+    for note in (devices.note, *snapshot.notes):
+        if note:
+            screen.write(note + "\n")
+    script = _script(job, devices, snapshot)
+    if job.options.keep_script is not None:
+        _keep(script, job.options.keep_script, screen)
+    run_dir = client.session.new_run()
+    try:
+        with gate.open():
+            _write(script, run_dir)
+        ending = _launch(job, client, screen, gate, method, devices, env, run_dir)
+        with gate.open():
+            results = _results(job, ending, snapshot)
+        return Finished(results, ending.value)
+    finally:
+        run_dir.remove()
+
+
+def dry_run(job: Job, client: _client.Client) -> str:
+    """Return what `perform` would launch and send, as text."""
+    env = {**os.environ, **job.options.env}
+    with InterruptGate() as gate:
+        devices = _devices.choose(job.options, env, lambda: _count_gpus(client, env, gate))
+    captured = _closure.describe(job.names, job.namespace)
+    if job.options.keep_script is not None:
+        snapshot = _closure.capture(job.names, job.namespace, job.lines)
+        _script(job, devices, snapshot).export(job.options.keep_script)
+    options = torchrun_options(devices.ranks, job.options.max_restarts, _start_method(client))
+    lines = [devices.note] if devices.note else []
+    lines.append("torchrun " + " ".join(options) + " <generated script>")
+    if not captured:
+        lines.append("the cell uses nothing of the notebook")
+    else:
+        lines.append(f"sent to each rank, {format_size(sum(item.nbytes for item in captured))} in all:")
+        lines += _closure.table(captured)
+    return "\n".join(lines)
+
+
+def _script(job: Job, devices: _devices.Devices, closure: Snapshot) -> Script:
+    sources = {name: lines for name in sorted(closure.sources) if (lines := job.source_of(name))}
+    setup = Setup(
+        init=job.options.init,
+        backend=job.options.backend,
+        gpus=devices.gpus,
+        define=tuple(name for name in GIVEN_NAMES if name not in job.namespace),
+        out=job.out,
+        gather=job.gather,
+        colors=job.colors,
+    )
+    return Script(job.cell, setup, closure, sources, _client.own_folders(), devices.ranks)
+
+
+def _keep(script: Script, path: str, screen: Screen) -> None:
+    try:
+        script.export(path)
+    except OSError as error:
+        raise LaunchError(f"--keep-script {path}: it cannot be written: {error.strerror}") from error
+    screen.write(f"nbddp: kept as {path}: torchrun --nproc-per-node {script.ranks} {path}\n")
+
+
+def _write(script: Script, run_dir: RunDir) -> None:
+    """Write the script and its closure into the run directory."""
+    path = None
+    size = script.closure.nbytes
+    try:
+        if not script.embeds_closure():
+            path = run_dir.data("closure", size)
+            script.closure.write(path)
+        script.write(run_dir.script, path)
+    except OSError as error:
+        what = f"write the script and {format_size(size)} of what the cell uses"
+        raise cannot_write(what, path or run_dir.script, error) from error
+
+
+def _count_gpus(client: _client.Client, env: Mapping[str, str], gate: InterruptGate) -> int:
+    """Ask the launcher how many GPUs there are: neither it nor the kernel may look for itself."""
+    channel = client.open_channel(env)
+    try:
+        with gate.open():
+            _wire.send(channel.sock, "count gpus", env=dict(env))
+            while not channel.closed:
+                for message in channel.receive():
+                    return int(message["count"])
+    except OSError:
+        pass
+    finally:
+        channel.close()
+    raise client.launcher_died()
+
+
+def _launch(
+    job: Job,
+    client: _client.Client,
+    screen: Screen,
+    gate: InterruptGate,
+    method: str,
+    devices: _devices.Devices,
+    env: dict[str, str],
+    run_dir: RunDir,
+) -> Ending:
+    """Run the script on the ranks.
+
+    Raises:
+        NbddpError: The run did not end well.
+        KeyboardInterrupt: The user stopped it.
+    """
+    secret = secrets.token_hex(8)
+    env |= {_settings.SESSION: client.session.name, _settings.RUN_DIR: run_dir.root, _settings.MARK: secret}
+    umask = os.umask(0o077)
+    os.umask(umask)
+    launch = Launch(
+        run_dir=run_dir.root,
+        ranks=devices.ranks,
+        max_restarts=job.options.max_restarts,
+        env=env,
+        cwd=_client.working_directory() or None,
+        umask=umask,
+        path=_client.search_path(),
+        start_method=method,
+    )
+    try:
+        server = _wire.listen(run_dir.socket)
+        logs = client.session.new_logs()
+        relay = Relay(devices.ranks, logs, secret, screen)
+    except OSError as error:
+        raise cannot_write("prepare a run", run_dir.socket, error) from error
+    channel = client.open_channel(env)
+    oom_kills = _process.oom_kills()
+    run = Run(
+        launch,
+        server,
+        channel,
+        relay,
+        gate,
+        timeout=job.options.timeout,
+        grace=job.grace,
+        wait_until_gone=devices.gpus,
+        say=lambda text: screen.write(text + "\n"),
+    )
+    try:
+        ending = run.wait()
+        if run.launcher_died:
+            client.end_leftovers()
+        if ending.cause == "done":
+            return ending
+        for state in ending.ranks.values():
+            if state.outcome is not None and state.outcome["outcome"] == "cannot fork":
+                raise _CannotFork(state.outcome["message"])
+        known = set(job.namespace) - set(job.names)
+        raise error_of(
+            ending,
+            run_dir=run_dir,
+            cell=job.cell,
+            ranks=devices.ranks,
+            timeout=job.options.timeout,
+            oom_kills=_process.oom_kills() - oom_kills,
+            known=known,
+            launcher=client.last_words() if run.launcher_died else None,
+        )
+    finally:
+        server.close()
+        # Without a word before it, this ends the run.
+        channel.close()
+
+
+def _results(job: Job, ending: Ending, sent: Snapshot) -> list[dict[str, Any]]:
+    """Load what the ranks have written: all of it, or nothing.
+
+    Raises:
+        ResultError: A name is missing or cannot be brought back.
+    """
+    if not job.out:
+        return []
+    ranks = sorted(ending.ranks) if job.gather else [0]
+    results = []
+    for rank in ranks:
+        report = ending.ranks[rank].outcome or {}
+        if missing := report.get("missing_results"):
+            listed = ", ".join(repr(name) for name in missing)
+            raise ResultError(
+                f"--out {','.join(job.out)}: the cell did not bind {listed} on rank {rank}. Nothing was assigned"
+            )
+        if "bad_results" in report:
+            raise ResultError(f"{report['bad_results']}. Nothing was assigned")
+        names: dict[str, Any] = {}
+        own_globals = {"__name__": "__main__", "__builtins__": builtins}
+        target = Target(names, own_globals, sender_has=sent.met)
+        try:
+            load_file(report["results"], target)
+        except Exception as error:
+            raise ResultError(
+                f"--out {','.join(job.out)}: what came back cannot be loaded here: {type(error).__name__}: {error}. "
+                "Nothing was assigned"
+            ) from error
+        results.append(names)
+    return results
+

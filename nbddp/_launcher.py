@@ -1,0 +1,333 @@
+"""The launcher: the process that has torch imported and forks an agent for each run.
+
+One per kernel, started in the background when the extension is loaded. It runs no user code and no torch operation,
+touches no device and has one thread, so that what is forked from it is as good as new. What it owns is the end of
+runs: it adopts whatever a run leaves behind and kills it.
+
+The kernel holds the other end of the control socket. Each byte on it brings a channel, a socket for one request and
+its answers:
+
+====================  ===========================================================================================
+count gpus            answered by ``gpus``; the channel closes
+launch                answered by ``started``, and when the run and all it left are gone, ``ended``
+finish                the run's ranks have reported; what is not gone by itself in a while is killed
+kill                  everything of the run is killed now
+(channel closed)      the same, unless it is to finish: a run lives no longer than the interest in it
+====================  ===========================================================================================
+
+If the kernel dies, so do the runs, the launcher and the session's directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from nbddp import _agent, _process, _repair, _wire
+from nbddp._paths import RunDir, remove_session
+
+# What the kernel sends instead of a channel when it goes on without this launcher.
+GOODBYE = b"q"
+
+# Seconds that a run whose ranks have all reported has to end by itself. Longest is NCCL's clean-up.
+_FINISH_SECONDS = 10.0
+
+# After the first warm-up, seconds of peace before the second is begun: a first cell comes right after %load_ext.
+_SETTLE_SECONDS = 0.2
+
+
+@dataclass
+class _Run:
+    """A run and the channel on which it was asked for."""
+
+    pid: int
+    directory: str
+    inbox: _wire.Inbox
+    deadline: float = float("inf")
+
+
+class Launcher:
+    """The event loop. Everything happens in its one thread."""
+
+    def __init__(self, control: socket.socket, kernel: int, session: str) -> None:
+        self._control = control
+        self._kernel = kernel
+        self._session = session
+        self._selector = selectors.DefaultSelector()
+        self._runs: dict[int, _Run] = {}
+        self._channels = 0
+        self._gpus: dict[tuple[str | None, ...], int] = {}
+        self._open = True
+        self._session_goes_on = False
+
+    def serve(self) -> None:
+        """Answer requests until the kernel closes its end or dies."""
+        wake, self._waker = socket.socketpair()
+        for end in (wake, self._waker):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._waker.fileno())
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self._selector.register(wake, selectors.EVENT_READ, partial(self._drain, wake))
+        self._selector.register(self._control, selectors.EVENT_READ, self._accept)
+        # A forked child of the kernel may hold its end of the socket open; its death is seen this way too.
+        kernel = _process.open_pidfd(self._kernel)
+        if kernel is not None:
+            self._selector.register(kernel, selectors.EVENT_READ, self._stop)
+        try:
+            self._warm_up()
+            while self._open:
+                self._step(self._timeout())
+        finally:
+            self._kill_everything()
+            if not self._session_goes_on:
+                remove_session(self._session)
+
+    def _warm_up(self) -> None:
+        """Import what ranks import; first what every run needs, the rest when nobody waits."""
+        import_for_ranks(os.path.join(self._session, "tmp"))
+        self._step(_SETTLE_SECONDS)
+        while self._open and self._channels:
+            self._step(self._timeout())
+        if self._open:
+            import_for_training()
+
+    def _step(self, timeout: float | None) -> None:
+        for key, _ in self._selector.select(timeout):
+            key.data()
+        if os.getppid() != self._kernel:
+            self._stop()
+        now = time.monotonic()
+        for run in [run for run in self._runs.values() if run.deadline <= now]:
+            self._kill(run)
+
+    def _timeout(self) -> float | None:
+        deadline = min((run.deadline for run in self._runs.values()), default=float("inf"))
+        if deadline == float("inf"):
+            # Where no descriptor tells of the kernel's death its pid must be asked for.
+            return None if hasattr(os, "pidfd_open") else 1.0
+        return max(0.0, deadline - time.monotonic())
+
+    def _stop(self) -> None:
+        self._open = False
+
+    # Requests.
+
+    def _accept(self) -> None:
+        try:
+            data, fds, _, _ = socket.recv_fds(self._control, 1, 1)
+        except OSError:
+            data, fds = b"", []
+        if data == GOODBYE:
+            self._session_goes_on = True
+        if data in (b"", GOODBYE):
+            self._stop()
+        for fd in fds:
+            os.set_inheritable(fd, False)
+            inbox = _wire.Inbox(socket.socket(fileno=fd))
+            self._channels += 1
+            self._selector.register(inbox.sock, selectors.EVENT_READ, partial(self._request, inbox))
+
+    def _forget(self, inbox: _wire.Inbox) -> None:
+        if inbox.sock.fileno() in self._selector.get_map():
+            self._selector.unregister(inbox.sock)
+        self._channels -= 1
+        inbox.close()
+
+    def _request(self, inbox: _wire.Inbox) -> None:
+        for message in inbox.receive():
+            match message.pop("kind"):
+                case "count gpus":
+                    self._answer(inbox, "gpus", count=self._count_gpus(message["env"]))
+                    self._forget(inbox)
+                    return
+                case "launch":
+                    self._launch(inbox, _agent.Launch(**message))
+                    return
+        if inbox.closed:
+            self._forget(inbox)
+
+    def _answer(self, inbox: _wire.Inbox, kind: str, **fields: Any) -> None:
+        with contextlib.suppress(OSError):
+            _wire.send(inbox.sock, kind, **fields)
+
+    def _count_gpus(self, env: dict[str, str]) -> int:
+        """Count the GPUs that a process with this environment sees; in a child, since counting may touch them."""
+        import torch
+
+        if not torch.backends.cuda.is_built():
+            return 0
+        names = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
+        key = tuple(env.get(name) for name in names)
+        if key not in self._gpus:
+            ours, theirs = os.pipe()
+            pid = os.fork()
+            if pid == 0:
+                count = 0
+                with contextlib.suppress(BaseException):
+                    os.environ.clear()
+                    os.environ.update(env)
+                    count = torch.cuda.device_count()
+                os.write(theirs, str(count).encode())
+                os._exit(0)
+            os.close(theirs)
+            with open(ours, "rb") as answer:
+                self._gpus[key] = int(answer.read() or b"0")
+        return self._gpus[key]
+
+    def _launch(self, inbox: _wire.Inbox, launch: _agent.Launch) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        launcher = os.getpid()
+        try:
+            pid = os.fork() if launch.start_method == "fork" else _spawn(launch)
+        except OSError as error:
+            self._answer(inbox, "refused", reason=f"cannot start a process: {error.strerror}")
+            self._forget(inbox)
+            return
+        if pid == 0:
+            self._forget_all()
+            _agent.run_forked(launch, launcher)
+        run = self._runs[pid] = _Run(pid, launch.run_dir, inbox)
+        self._answer(inbox, "started", pid=pid)
+        self._selector.modify(inbox.sock, selectors.EVENT_READ, partial(self._command, run))
+
+    def _forget_all(self) -> None:
+        """Close, in a forked agent, what is the launcher's."""
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for key in list(self._selector.get_map().values()):
+            if isinstance(key.fileobj, int):
+                os.close(key.fileobj)
+            else:
+                key.fileobj.close()  # type: ignore[attr-defined]  # they are sockets
+        self._waker.close()
+        self._selector.close()
+
+    def _command(self, run: _Run) -> None:
+        for message in run.inbox.receive():
+            match message["kind"]:
+                case "finish":
+                    run.deadline = time.monotonic() + _FINISH_SECONDS
+                case "kill":
+                    self._kill(run)
+        if run.inbox.closed and run.pid in self._runs:
+            self._selector.unregister(run.inbox.sock)
+            if run.deadline == float("inf"):
+                self._kill(run)
+
+    # The ends of runs.
+
+    def _drain(self, wake: socket.socket) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while wake.recv(4096):
+                pass
+        self._reap()
+
+    def _reap(self) -> None:
+        """Take note of children that ended; when one was an agent, end what its run has left."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            run = self._runs.pop(pid, None)
+            if run is not None:
+                self._end_leftovers()
+                if run.inbox.closed or run.deadline < float("inf"):
+                    # The kernel has removed it; processes that were still ending may have made something new there.
+                    RunDir.from_environment(run.directory).remove()
+                self._answer(run.inbox, "ended", status=os.waitstatus_to_exitcode(status))
+                self._forget(run.inbox)
+
+    def _end_leftovers(self) -> None:
+        """Kill what runs have left: an agent adopts its own orphans, so what comes here is of a run that is over."""
+        while leftovers := [pid for pid in _process.children() if pid not in self._runs]:
+            _process.kill_all(leftovers)
+            for pid in leftovers:
+                # Each one's own children become this process's when it is gone, and are found in the next round.
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(pid, 0)
+
+    def _kill(self, run: _Run) -> None:
+        # Once the agent is gone its ranks are this process's children and are killed when it is reaped.
+        run.deadline = float("inf")
+        _process.send_signal(run.pid, None, signal.SIGKILL)
+
+    def _kill_everything(self) -> None:
+        for run in list(self._runs.values()):
+            self._kill(run)
+        self._runs.clear()
+        self._end_leftovers()
+
+
+def _spawn(launch: _agent.Launch) -> int:
+    """Start an agent as a new interpreter; return its pid."""
+    run = RunDir.from_environment(launch.run_dir)
+    with open(run.agent_log, "ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "nbddp._agent", *launch.torchrun_arguments()],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=dict(launch.env),
+            cwd=launch.cwd,
+            umask=launch.umask,
+            start_new_session=True,
+        )
+    # It is reaped with all other children; Popen must not warn that it was not.
+    process.returncode = 0
+    return process.pid
+
+
+def import_for_ranks(temp: str) -> None:
+    """Import what every rank needs."""
+    import torch  # noqa: F401
+    import torch.distributed.run
+    import torch.nn.parallel  # noqa: F401
+
+    from nbddp import _closure, _group, _rank, _shell  # noqa: F401
+
+    _repair.prepare()
+    _shell.make(temp)
+    _freeze()
+
+
+def import_for_training() -> None:
+    """Import what the first optimizer or DDP module in a process imports: nearly a second, for each rank."""
+    import stack_data  # noqa: F401  # IPython's tracebacks
+    import torch._dynamo
+
+    _freeze()
+
+
+def _freeze() -> None:
+    """Have the garbage collector leave what is here alone: touching it would copy its pages in every rank."""
+    gc.collect()
+    gc.freeze()
+
+
+def main(kernel: int, session: str, control: int) -> None:
+    """Be the launcher of a kernel.
+
+    Args:
+        kernel: The kernel's pid.
+        session: The session's directory.
+        control: The descriptor of this end of the control socket.
+    """
+    # Jupyter's interrupt goes to the kernel's process group; this process is not in it, but its terminal may be.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.set_inheritable(control, False)
+    _process.become_subreaper()
+    Launcher(socket.socket(fileno=control), kernel, session).serve()

@@ -1,0 +1,210 @@
+"""``%%ddp`` and ``%ddp``: what the notebook's user types, and nothing more.
+
+Only this module knows the notebook's shell. It reads the line, prepares the cell, hands both to `nbddp._job`, and puts
+what comes back into the notebook's namespace.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from IPython.core.error import UsageError
+from IPython.core.magic import Magics, line_cell_magic, magics_class
+from traitlets import Float
+
+from nbddp import _job, _names
+from nbddp._errors import LaunchError, NbddpError
+from nbddp._function import client
+from nbddp._options import HelpAsked, OptionError, Options, help_text, option_names, parse
+from nbddp._script import Cell
+from nbddp._stop import GRACE_SECONDS
+
+
+class NotebookScreen:
+    """The output of the running cell."""
+
+    def __init__(self, shell: Any) -> None:
+        self._shell = shell
+
+    def write(self, text: str) -> None:
+        """Show complete lines of text."""
+        # Looked up each time: %%capture replaces it. ipykernel collects what comes within a fifth of a second.
+        sys.stdout.write(text)
+
+    def publish(self, data: dict[str, Any], metadata: dict[str, Any], transient: dict[str, Any], update: bool) -> None:
+        """Show a mime bundle behind the text so far."""
+        sys.stdout.flush()
+        self._shell.display_pub.publish(data, metadata, transient=transient, update=update)
+
+
+class CellValue:
+    """The value of the cell's last expression on rank 0, as it looks; the object itself stayed there."""
+
+    def __init__(self, data: dict[str, Any], metadata: dict[str, Any]) -> None:
+        self._bundle = data, metadata
+
+    def _repr_mimebundle_(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+        return self._bundle
+
+    def __repr__(self) -> str:
+        return str(self._bundle[0].get("text/plain", "<value of the cell on rank 0>"))
+
+
+@magics_class
+class DDPMagics(Magics):  # type: ignore[misc]  # IPython is untyped
+    """The magics; settings as in ``%config DDPMagics.grace = 10``."""
+
+    grace = Float(GRACE_SECONDS, help="Seconds that ranks have to end after an interrupt.").tag(config=True)
+
+    @line_cell_magic  # type: ignore[untyped-decorator]  # IPython is untyped
+    def ddp(self, line: str, cell: str | None = None) -> CellValue | None:
+        # The docstring is the help text; see below.
+        if cell is None:
+            return self._line(line)
+        try:
+            options = parse(line)
+        except HelpAsked as asked:
+            sys.stdout.write(f"{asked}\n")
+            return None
+        except OptionError as error:
+            raise UsageError(str(error)) from None
+        job = self._job(line, cell, options)
+        if options.dry_run:
+            sys.stdout.write(_job.dry_run(job, client) + "\n")
+            return None
+        finished = _job.perform(job, client, NotebookScreen(self.shell))
+        if finished.results:
+            # One call into C, which no interrupt can tear.
+            self.shell.user_ns.update(finished.results[0])
+        return CellValue(*finished.value) if finished.value is not None else None
+
+    def _job(self, line: str, source: str, options: Options) -> _job.Job:
+        """Prepare the cell.
+
+        Raises:
+            SyntaxError: The cell has one, on the line that the notebook shows.
+        """
+        shell = self.shell
+        transformed = shell.transform_cell(source)
+        header = f"%%ddp {line}\n"
+        # The notebook's own name for the cell's code: in tracebacks, and for what comes back from it.
+        filename = shell.compile.cache(header + transformed, shell.execution_count, raw_code=header + source)
+        # A comment takes the place of the magic line, so that lines are numbered as the notebook numbers them.
+        tree = compile(f"#\n{transformed}", filename, "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        compile(tree, filename, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        uses = _names.Uses(tree.body, shell.transform_cell)
+        self._check_out(options.out, uses)
+        hidden = shell.user_ns_hidden
+        nothing = object()
+        names = {
+            name: shell.user_ns[name]
+            for name in uses.taken
+            if name in shell.user_ns and shell.user_ns[name] is not hidden.get(name, nothing)
+        }
+        return _job.Job(
+            cell=Cell(source, filename, shell.execution_count, header),
+            names=names,
+            namespace=shell.user_ns,
+            options=options,
+            lines=uses.taken,
+            out=options.out,
+            source_of=_source_of,
+            colors=str(shell.colors),
+            grace=self.grace,
+        )
+
+    def _check_out(self, out: Sequence[str], uses: _names.Uses) -> None:
+        """Refuse names that the cell cannot bind, before hours of training rather than after.
+
+        Raises:
+            UsageError: A name can be neither bound by the cell nor taken from the notebook.
+        """
+        if uses.dynamic:
+            return
+        for name in out:
+            if name not in uses.bound and name not in uses.taken:
+                import difflib
+
+                close = difflib.get_close_matches(name, uses.bound, 1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise UsageError(f"--out {','.join(out)}: the cell never binds {name!r}{hint}")
+
+    def _line(self, line: str) -> None:
+        match line.split():
+            case [] | ["-h"] | ["--help"]:
+                sys.stdout.write(LINE_HELP)
+            case ["log"]:
+                self._show_log(None)
+            case ["log", rank] if rank.isdigit():
+                self._show_log(int(rank))
+            case _:
+                raise UsageError(f"%ddp {line}: there is only %ddp log [RANK]; a cell that runs on ranks begins with %%ddp")
+
+    def _show_log(self, rank: int | None) -> None:
+        logs = client.session.logs
+        if logs is None:
+            raise LaunchError("there is no log: nothing has run yet")
+        paths = sorted(os.path.join(logs, name) for name in os.listdir(logs))
+        if rank is None:
+            for path in paths:
+                sys.stdout.write(f"{path}  {os.path.getsize(path):,} bytes\n")
+            return
+        path = os.path.join(logs, f"rank{rank}.log")
+        if path not in paths:
+            raise LaunchError(f"%ddp log {rank}: the last run had ranks 0 to {len(paths) - 1}")
+        with open(path, encoding="utf-8", errors="replace", newline="") as file:
+            sys.stdout.write(file.read())
+
+
+LINE_HELP = """\
+%ddp log         where the logs of the last run are, one for each rank
+%ddp log RANK    what that rank printed, all of it
+%%ddp -h         how to run a cell on several ranks
+"""
+
+# "Docstring" of %%ddp? is what users read first.
+DDPMagics.ddp.__doc__ = f"{help_text()}\n{LINE_HELP}"
+
+
+def _source_of(filename: str) -> Sequence[str]:
+    """Return the lines of a notebook cell by the file name of its code; nothing for real files."""
+    import linecache
+
+    return () if os.path.exists(filename) else linecache.getlines(filename)
+
+
+def _complete(shell: Any, event: Any) -> Sequence[str]:
+    """Offer the options on a %%ddp line."""
+    del shell
+    return [name for name in option_names() if name.startswith(event.symbol)] if event.symbol.startswith("-") else ()
+
+
+def load(shell: Any) -> None:
+    """Register the magics with a shell and start the launcher.
+
+    Raises:
+        LaunchError: On Windows: there is no fork, no torchrun with gloo to speak of, and nothing was tested.
+    """
+    if sys.platform == "win32":
+        raise LaunchError("nbddp needs Linux or macOS; on Windows, use it inside WSL")
+    shell.register_magics(DDPMagics)
+    try:
+        client.start()
+    except NbddpError:
+        # Loading must not fail for a full disk; the first cell will say it.
+        pass
+
+
+def unload(shell: Any) -> None:
+    """Undo `load`."""
+    manager = shell.magics_manager
+    for kind in ("line", "cell"):
+        manager.magics[kind].pop("ddp", None)
+    magics = manager.registry.pop(DDPMagics.__name__, None)
+    if magics is not None and magics in shell.configurables:
+        shell.configurables.remove(magics)
+    client.close()

@@ -1,0 +1,190 @@
+"""The options of a run, and the ``%%ddp`` line that they are read from."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+
+class OptionError(ValueError):
+    """An option is unknown, or its value cannot be; the message names both and says what can."""
+
+
+class HelpAsked(Exception):  # noqa: N818  # not an error
+    """The line asks for help; the message is the help."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asks for.
+
+    Attributes:
+        gpus: Number of ranks, one per GPU; None: not given.
+        cpus: Number of ranks on the CPU.
+        gpu_ids: GPUs to use, as ``torch.device("cuda:K")`` numbers them in the notebook.
+        backend: Backend of the process group; None for nccl on GPUs and gloo without.
+        out: Names to bring back from rank 0.
+        env: Environment variables for the ranks, besides the notebook's.
+        timeout: Seconds after which the run is stopped.
+        init: Whether the process group is initialised before the cell.
+        max_restarts: How often torchrun may start the ranks again after a failure.
+        keep_script: Where to leave the script.
+        dry_run: Whether to show what would be launched, and launch nothing.
+    """
+
+    gpus: int | None = None
+    cpus: int | None = None
+    gpu_ids: tuple[int, ...] = ()
+    backend: str | None = None
+    out: tuple[str, ...] = ()
+    env: dict[str, str] = field(default_factory=dict)
+    timeout: float | None = None
+    init: bool = True
+    max_restarts: int = 0
+    keep_script: str | None = None
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without looking at the machine.
+
+        Raises:
+            OptionError: A value cannot be, or two contradict each other.
+        """
+        for name, value in (("--gpus", self.gpus), ("--cpus", self.cpus)):
+            if value is not None and value < 1:
+                raise OptionError(f"{name} {value}: a run has at least one rank")
+        if self.cpus is not None and (self.gpus is not None or self.gpu_ids):
+            raise OptionError("--cpus asks for ranks on the CPU, --gpus and --gpu-ids for GPUs: give one of them")
+        if self.gpu_ids:
+            listed = ",".join(map(str, self.gpu_ids))
+            if min(self.gpu_ids) < 0 or len(set(self.gpu_ids)) < len(self.gpu_ids):
+                raise OptionError(f"--gpu-ids {listed}: each GPU can be given once, by its number from 0")
+            if self.gpus not in (None, len(self.gpu_ids)):
+                raise OptionError(f"--gpus {self.gpus} and --gpu-ids {listed} differ in number; one of them is enough")
+        if self.timeout is not None and not 0 < self.timeout < float("inf"):
+            raise OptionError(f"--timeout {self.timeout:g}: a number of seconds above 0")
+        if self.max_restarts < 0:
+            raise OptionError(f"--max-restarts {self.max_restarts}: 0 or more")
+        for name in self.out:
+            if not name.isidentifier():
+                raise OptionError(f"--out {name}: that is no name; give names separated by commas, as in --out model,losses")
+        if self.keep_script is not None:
+            folder = os.path.dirname(os.path.abspath(self.keep_script))
+            if os.path.isdir(self.keep_script):
+                raise OptionError(f"--keep-script {self.keep_script}: that is a folder; give the name of a file")
+            if not os.path.isdir(folder):
+                raise OptionError(f"--keep-script {self.keep_script}: there is no folder {folder}; make it first")
+
+
+EXAMPLES = """\
+examples:
+  %%ddp --gpus 4                         four ranks, one per GPU
+  %%ddp --gpus 2 --out model,losses      ... and bring two names back from rank 0
+  %%ddp --gpu-ids 4,5,6,7                these GPUs
+  %%ddp --cpus 2                         two ranks on the CPU, over gloo
+  %%ddp --gpus 2 --env NCCL_DEBUG=INFO --timeout 600
+  %%ddp --gpus 2 --dry-run               show what would run and what would be sent
+  %%ddp --gpus 2 --keep-script train.py  leave the script: torchrun --nproc-per-node 2 train.py
+
+In the cell, rank, local_rank, world_size and device are defined (unless the notebook has names like that), the process
+group is initialised, and every notebook variable, function, class and import that the cell uses is there. What a rank
+changes stays in that rank; --out brings names back.
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise OptionError(f"{message}. %%ddp -h lists the options")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        raise AssertionError("only help exits, and it raises HelpAsked")
+
+
+class _Help(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        raise HelpAsked(parser.format_help())
+
+
+def _number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+
+def _seconds(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds") from None
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(_number(part) for part in text.split(",") if part.strip())
+
+
+def _names(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form KEY=VALUE")
+    return name, value
+
+
+def _make_parser() -> _Parser:
+    parser = _Parser(
+        prog="%%ddp",
+        add_help=False,
+        allow_abbrev=False,
+        description="Run the cell on several ranks under torchrun, on the notebook's own variables.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--gpus", "-g", type=_number, metavar="N", help="N ranks, one per GPU; on a machine without any, N CPU ranks")
+    add("--gpu-ids", type=_numbers, default=(), metavar="K,K,...", help="one rank on each of these GPUs")
+    add("--cpus", type=_number, metavar="N", help="N ranks on the CPU")
+    add("--backend", metavar="NAME", help="process group backend (default: nccl on GPUs, gloo on the CPU)")
+    add("--out", "-o", type=_names, action="extend", default=[], metavar="NAME,...", help="bring names back from rank 0, all or none")
+    add("--env", type=_assignment, action="append", default=[], metavar="KEY=VALUE", help="set an environment variable in the ranks")
+    add("--timeout", type=_seconds, metavar="SECONDS", help="stop the run and raise TimeoutError after this long")
+    add("--no-init", dest="init", action="store_false", help="leave init_process_group to the cell")
+    add("--max-restarts", type=_number, default=0, metavar="N", help="let torchrun restart all ranks up to N times")
+    add("--keep-script", metavar="PATH", help="leave the generated script at PATH; plain torchrun runs it")
+    add("--dry-run", action="store_true", help="print the torchrun command and what would be sent; launch nothing")
+    add("-h", "--help", nargs=0, action=_Help, default=argparse.SUPPRESS, help="show this")
+    return parser
+
+
+def parse(line: str) -> Options:
+    """Read the options from the text behind ``%%ddp``.
+
+    Raises:
+        OptionError: The line has a fault; the message names it.
+        HelpAsked: The line asks for help.
+    """
+    try:
+        words = shlex.split(line)
+    except ValueError as error:
+        raise OptionError(f"{error} in: {line}") from None
+    given = vars(_make_parser().parse_args(words))
+    given["out"] = tuple(dict.fromkeys(given["out"]))
+    given["env"] = dict(given["env"])
+    return Options(**given)
+
+
+def help_text() -> str:
+    """Return what ``%%ddp -h`` prints."""
+    return _make_parser().format_help()
+
+
+def option_names() -> Sequence[str]:
+    """Return the long options, for completion."""
+    return [s for action in _make_parser()._actions for s in action.option_strings if s.startswith("--")]

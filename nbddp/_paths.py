@@ -1,0 +1,262 @@
+"""Where nbddp keeps files: one directory for a session (a kernel), one in it for each run.
+
+Both are for their owner's eyes only (mode 0700). A session holds a lock on its directory for as long as its process
+lives, so that another can tell a live session from what a killed kernel left behind. The lock is the truth, not the
+pid in the name: with a shared temporary directory the pid may belong to another container.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import os
+import shutil
+import tempfile
+import time
+
+from nbddp._errors import LaunchError
+
+_PREFIX = "nbddp-"
+_SHM = "/dev/shm"  # noqa: S108
+_LOCK = "lock"
+
+# Seconds after which a session directory without its lock file is a ruin, not one being made.
+_HALF_MADE = 3600
+
+# What is left free in memory-backed storage: a container whose /dev/shm is full to the last page breaks DataLoader.
+_SHM_RESERVE = 64 << 20
+
+
+class RunDir:
+    """Every path of one run. Exists from the capture of the cell until all its processes are gone."""
+
+    def __init__(self, root: str, *, shm: str | None = None) -> None:
+        self.root = root
+        self._shm = shm
+        self.script = os.path.join(root, "cell.py")
+        self.socket = os.path.join(root, "socket")
+        self.agent_log = os.path.join(root, "agent.log")
+        self.torchrun_logs = os.path.join(root, "torchrun")
+        self.temp = os.path.join(root, "tmp")
+
+    @classmethod
+    def from_environment(cls, root: str) -> RunDir:
+        """Return the run directory as a rank or an agent sees it."""
+        return cls(root, shm=_shm_twin(root))
+
+    @classmethod
+    def create(cls, root: str) -> RunDir:
+        """Make the directory and what must stand in it before the launch.
+
+        Raises:
+            LaunchError: It cannot be made; the message says why and what to do.
+        """
+        run = cls.from_environment(root)
+        try:
+            os.mkdir(root, 0o700)
+            for path in (run.torchrun_logs, run.temp):
+                os.mkdir(path, 0o700)
+        except OSError as error:
+            run.remove()
+            raise cannot_write("make a run directory", root, error) from error
+        return run
+
+    def stacks(self, rank: int) -> str:
+        """Return the file into which a rank's faulthandler writes."""
+        return os.path.join(self.root, f"stacks.{rank}")
+
+    def workers_temp(self, rank: int) -> str:
+        """Return the directory that multiprocessing in this rank uses for its sockets."""
+        return os.path.join(self.root, f"mp.{rank}")
+
+    def data(self, name: str, size: int) -> str:
+        """Return a path for `size` bytes of data: in memory if there is room, else on disk.
+
+        Raises:
+            LaunchError: Neither has room; the message names both and their sizes.
+        """
+        free = {}
+        if self._shm is not None and os.path.isdir(_SHM):
+            free[_SHM] = _free(_SHM)
+            if free[_SHM] >= size + _SHM_RESERVE and self._make_shm():
+                return os.path.join(self._shm, name)
+        parent = os.path.dirname(os.path.dirname(self.root))
+        free[parent] = _free(parent)
+        if free[parent] < size:
+            room = " and ".join(f"{format_size(n)} in {place}" for place, n in free.items())
+            raise LaunchError(
+                f"no room for {format_size(size)} of data: there are {room} free. "
+                "Make room, or set TMPDIR to a folder that has it and restart the kernel"
+            )
+        return os.path.join(self.root, name)
+
+    def _make_shm(self) -> bool:
+        assert self._shm is not None
+        try:
+            os.mkdir(self._shm, 0o700)
+        except FileExistsError:
+            return True
+        except OSError:  # the session could make no directory there
+            return False
+        return True
+
+    def remove(self) -> None:
+        """Delete everything; safe to call twice, and from the kernel and the launcher at once."""
+        shutil.rmtree(self.root, ignore_errors=True)
+        if self._shm is not None:
+            shutil.rmtree(self._shm, ignore_errors=True)
+
+
+class Session:
+    """The directory of one kernel's session: its launcher's log, its runs, the logs of the last one.
+
+    It has a twin of the same name in memory-backed storage, where there is such, for data that the ranks map.
+    """
+
+    def __init__(self) -> None:
+        """Make the directory.
+
+        Raises:
+            LaunchError: No temporary directory can be written.
+        """
+        self.pid = os.getpid()
+        try:
+            self.root = tempfile.mkdtemp(prefix=f"{_PREFIX}{self.pid}-")
+            self._locks = [_lock(self.root)]
+        except OSError as error:
+            if root := getattr(self, "root", None):
+                shutil.rmtree(root, ignore_errors=True)
+            raise cannot_write("make a session directory", _temp_dir(), error) from error
+        self.name = os.path.basename(self.root)
+        with contextlib.suppress(OSError):
+            os.mkdir(os.path.join(_SHM, self.name), 0o700)
+            self._locks.append(_lock(os.path.join(_SHM, self.name)))
+        self.launcher_log = os.path.join(self.root, "launcher.log")
+        self._numbers = itertools.count(1)
+        self._logs: str | None = None
+
+    def new_run(self) -> RunDir:
+        """Return a fresh run directory. Raises LaunchError if it cannot be made."""
+        return RunDir.create(os.path.join(self.root, f"run-{next(self._numbers)}"))
+
+    @property
+    def logs(self) -> str | None:
+        """The directory with the ranks' logs of the last run, if there was one."""
+        return self._logs
+
+    def new_logs(self) -> str:
+        """Return a fresh directory for the ranks' logs; the last run's are deleted."""
+        if self._logs is not None:
+            shutil.rmtree(self._logs, ignore_errors=True)
+        self._logs = tempfile.mkdtemp(prefix="logs-", dir=self.root)
+        return self._logs
+
+    def close(self) -> None:
+        """Delete the directory and give up the lock."""
+        remove_session(self.root)
+        while self._locks:
+            os.close(self._locks.pop())
+
+
+def _lock(directory: str) -> int:
+    """Mark the directory as in use for as long as this process lives."""
+    fd = os.open(os.path.join(directory, _LOCK), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    return fd
+
+
+def remove_session(root: str) -> None:
+    """Delete a session's directory and its twin in memory."""
+    shutil.rmtree(root, ignore_errors=True)
+    shutil.rmtree(os.path.join(_SHM, os.path.basename(root)), ignore_errors=True)
+
+
+def sweep() -> list[str]:
+    """Delete what sessions of this user left behind whose processes are all gone.
+
+    Returns:
+        Their names, so that processes marked with them can be looked for.
+    """
+    dead = set()
+    for base in (_temp_dir(), _SHM):
+        with contextlib.suppress(OSError):
+            for entry in list(os.scandir(base)):
+                if _is_session(entry) and _abandoned(entry.path):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                    dead.add(entry.name)
+    return sorted(dead)
+
+
+def _is_session(entry: os.DirEntry[str]) -> bool:
+    parts = entry.name.split("-", 2)
+    return (
+        entry.name.startswith(_PREFIX)
+        and len(parts) == 3
+        and parts[1].isdigit()
+        and entry.is_dir(follow_symlinks=False)
+        and entry.stat(follow_symlinks=False).st_uid == os.getuid()
+    )
+
+
+def _abandoned(root: str) -> bool:
+    """Tell whether nobody holds the lock of the session's directory at `root`."""
+    try:
+        fd = os.open(os.path.join(root, _LOCK), os.O_RDWR)
+    except FileNotFoundError:
+        # It is being made this moment, or was half removed long ago.
+        with contextlib.suppress(OSError):
+            return os.stat(root).st_mtime < time.time() - _HALF_MADE
+        return False
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
+    return True
+
+
+def _shm_twin(run_root: str) -> str:
+    """Return the directory in memory that belongs to the run directory at `run_root`."""
+    session, run = os.path.split(run_root)
+    return os.path.join(_SHM, os.path.basename(session), run)
+
+
+def _temp_dir() -> str:
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError:  # none can be written; tempfile names them in its message
+        return os.environ.get("TMPDIR", "/tmp")  # noqa: S108
+
+
+def _free(path: str) -> int:
+    try:
+        info = os.statvfs(path)
+    except OSError:
+        return 0
+    return info.f_bavail * info.f_frsize
+
+
+def cannot_write(what: str, path: str, error: OSError) -> LaunchError:
+    """Return the error for a file of nbddp's own that could not be written, with the next step."""
+    reason = (error.strerror or str(error)).lower()
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        step = "make room there"
+    else:
+        step = "make it writable"
+    place = _temp_dir() if path.startswith(_temp_dir()) else os.path.dirname(path)
+    return LaunchError(f"cannot {what} in {place}: {reason}. Either {step}, or set TMPDIR to another folder")
+
+
+def format_size(size: int) -> str:
+    """Return a number of bytes as a person writes it, such as ``1.5 MB``."""
+    number = float(size)
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" or number >= 100 else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"

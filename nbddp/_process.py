@@ -1,0 +1,152 @@
+"""What nbddp asks of the operating system: who dies with whom, who is whose child, what there is to use.
+
+Everything here works on Linux. Where another system has no equivalent the function says so by its return value and
+its caller falls back; nothing here raises for a missing feature.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+
+# Loaded once, in the launcher: dlopen in every forked rank would cost a fifth of a millisecond each.
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel send this process SIGKILL when the thread that forked it ends.
+
+    Args:
+        parent: The parent's pid as read before the fork. If it is gone already the process exits at once: the
+            signal is only sent for deaths that come after the request.
+    """
+    if sys.platform == "linux":
+        _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def become_subreaper() -> None:
+    """Make orphaned descendants this process's own children, so that it can find and end them."""
+    if sys.platform == "linux":
+        _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def open_pidfd(pid: int) -> int | None:
+    """Return a descriptor that becomes readable when `pid` ends, or None where the system has none."""
+    opener = getattr(os, "pidfd_open", None)
+    if opener is None:
+        return None
+    try:
+        return int(opener(pid))
+    except OSError:
+        return None
+
+
+def send_signal(pid: int, pidfd: int | None, signum: int) -> None:
+    """Signal a process; by `pidfd` where there is one, since its pid may have been given to another meanwhile."""
+    try:
+        if pidfd is not None and sys.platform == "linux":
+            signal.pidfd_send_signal(pidfd, signum)
+        else:
+            os.kill(pid, signum)
+    except ProcessLookupError:
+        pass
+
+
+def _parents() -> Iterator[tuple[int, int]]:
+    """Yield (pid, parent's pid) of every process that can be seen."""
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                stat = Path("/proc", entry, "stat").read_bytes()
+            except OSError:
+                continue
+            # The command in parentheses may hold anything, a closing parenthesis included.
+            yield int(entry), int(stat[stat.rindex(b")") + 2 :].split(None, 2)[1])
+
+
+def children() -> list[int]:
+    """Return the pids of this process's own children, adopted orphans included."""
+    me = os.getpid()
+    try:
+        return [int(pid) for pid in Path(f"/proc/self/task/{me}/children").read_text().split()]
+    except OSError:  # a kernel without CONFIG_PROC_CHILDREN, or no /proc
+        return [pid for pid, parent in _parents() if parent == me] if Path("/proc").is_dir() else []
+
+
+def marked(variable: str, value: str) -> list[int]:
+    """Return the pids of this user's processes that were started with `variable` set to `value`.
+
+    Reads the environment that a process was executed with, which forked children share with their parent.
+    """
+    needle = f"{variable}={value}".encode()
+    found = []
+    for entry in os.listdir("/proc") if Path("/proc").is_dir() else ():
+        if entry.isdigit() and int(entry) != os.getpid():
+            try:
+                environ = Path("/proc", entry, "environ").read_bytes()
+            except OSError:  # another user's, or gone
+                continue
+            if needle in environ.split(b"\0"):
+                found.append(int(entry))
+    return found
+
+
+def kill_all(pids: list[int]) -> None:
+    """Send SIGKILL to each of `pids`."""
+    for pid in pids:
+        send_signal(pid, None, signal.SIGKILL)
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use: its CPU affinity, and its container's quota if that is less."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cpu_quota()
+    return max(1, min(cores, quota) if quota else cores)
+
+
+def _cpu_quota() -> int | None:
+    """Return the whole cores that the cgroup grants, rounded up, or None if it sets no limit."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text().strip()
+            period = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return None
+    if not quota.isdigit():  # "max" in version 2, "-1" in version 1
+        return None
+    return max(1, -(-int(quota) // int(period)))
+
+
+def oom_kills() -> int:
+    """Return how many processes the kernel has killed for want of memory, as far as this process can see.
+
+    Counts the whole machine and this process's cgroup; only a rise between two calls means anything.
+    """
+    total = 0
+    for path in (Path("/proc/vmstat"), Path("/sys/fs/cgroup/memory.events"), _own_cgroup() / "memory.events"):
+        try:
+            lines = path.read_text().splitlines()
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
+    return total
+
+
+def _own_cgroup() -> Path:
+    """Return this process's cgroup directory (version 2), or a path that does not exist."""
+    try:
+        line = Path("/proc/self/cgroup").read_text().splitlines()[-1]
+    except (OSError, IndexError):
+        return Path("/sys/fs/cgroup/-")
+    return Path("/sys/fs/cgroup", line.rpartition(":")[2].lstrip("/"))

@@ -1,0 +1,374 @@
+"""A rank's life: what the generated script calls.
+
+::
+
+    restore()   repair what the fork left, connect to the notebook, take the device, join the process group,
+                bind the notebook's names
+    run()       run the cell, write the results, run the exit handlers, report, leave the process group
+
+A process that a rank starts by "spawn" or "forkserver" imports the script too; there, only the names are bound.
+Without a notebook (plain ``torchrun``) the same two calls do the same, but for the report.
+
+A forked rank must *return* from its script whatever happens: torchrun's agent waits for ever for one that leaves
+another way. So the outcome travels to the notebook in a report, and leaving is the same for all outcomes. Only when
+torchrun is to restart the ranks does a failed one raise.
+"""
+
+from __future__ import annotations
+
+import atexit
+import base64
+import contextlib
+import ctypes
+import faulthandler
+import fcntl
+import io
+import linecache
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping
+from typing import Any
+
+from nbddp import _process, _repair, _settings, _wire
+from nbddp._paths import RunDir
+from nbddp._pickling import Pickler, Target, load, load_file
+
+# The signal on which a rank writes its Python stack to a file, also while it hangs inside a collective. A real-time
+# signal: SIGUSR1 and SIGUSR2 are the user's.
+STACK_SIGNAL = getattr(signal, "SIGRTMIN", 23) + 7  # 30 is SIGUSR1 on macOS, which has no others
+
+_PIPE_SIZE = 1 << 20
+_F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", None)
+
+
+def mark(secret: str, number: int) -> bytes:
+    """Return what a rank writes to its output where its display `number` belongs."""
+    return f"\x00nbddp:{secret}:{number}\x00".encode()
+
+
+class Notebook:
+    """The rank's connection to the kernel that waits for it, and its stdout and stderr from then on.
+
+    Both streams go into one pipe, at the level of file descriptors: C++, NCCL and child processes are heard too, and
+    everything keeps the order in which it was written. Displays go over the socket; a mark in the pipe says where each
+    belongs.
+    """
+
+    def __init__(self, run: RunDir, secret: str) -> None:
+        self._secret = secret
+        self._displays = 0
+        self._lock = threading.Lock()
+        self._sock = _wire.connect(run.socket)
+        out, into = os.pipe()
+        if _F_SETPIPE_SZ is not None:
+            with contextlib.suppress(OSError):  # the user's limit on pipe memory
+                fcntl.fcntl(into, _F_SETPIPE_SZ, _PIPE_SIZE)
+        os.dup2(into, 1)
+        os.dup2(into, 2)
+        os.close(into)
+        # New ones: the inherited took descriptor 1 for a file.
+        sys.stdout = sys.__stdout__ = _text_stream(1)  # type: ignore[misc]
+        sys.stderr = sys.__stderr__ = _text_stream(2)  # type: ignore[misc]
+        rank = int(os.environ["RANK"])
+        self._stacks = open(run.stacks(rank), "wb")  # noqa: SIM115  # faulthandler keeps its descriptor
+        faulthandler.enable(self._stacks, all_threads=False)
+        faulthandler.register(STACK_SIGNAL, self._stacks, all_threads=False)
+        pidfd = _process.open_pidfd(os.getpid())
+        fds = [out] if pidfd is None else [out, pidfd]
+        attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        _wire.send(self._sock, "rank", fds=fds, rank=rank, pid=os.getpid(), attempt=attempt)
+        for fd in fds:
+            os.close(fd)
+        # A worker process must not keep the connection of a dead rank open.
+        os.register_at_fork(after_in_child=self._sock.close)
+
+    def publish(
+        self, data: dict[str, Any], metadata: dict[str, Any], transient: dict[str, Any], update: bool, value: bool
+    ) -> None:
+        """Have the notebook show a mime bundle after what has been printed so far."""
+        with self._lock:
+            flush()
+            self._displays += 1
+            with contextlib.suppress(OSError):  # the cell has closed descriptor 1: it is shown at the end
+                os.write(1, mark(self._secret, self._displays))
+            _wire.send(
+                self._sock,
+                "display",
+                number=self._displays,
+                data=data,
+                metadata=metadata,
+                transient=transient,
+                update=update,
+                value=value,
+            )
+
+    def report(self, **outcome: Any) -> None:
+        """Tell how the cell ended."""
+        with self._lock:
+            _wire.send(self._sock, "report", time=time.monotonic(), **outcome)
+
+    def end(self) -> None:
+        """Tell that nothing more is to come; what is printed after this is not shown."""
+        with self._lock:
+            flush()
+            _wire.send(self._sock, "end")
+
+
+def _text_stream(fd: int) -> io.TextIOWrapper:
+    """Return a stream that writes each line to a descriptor in one piece, and can write any string."""
+    raw = open(fd, "wb", closefd=False)  # noqa: SIM115  # it lives as long as the process
+    return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=True)
+
+
+class _State:
+    """What `restore` leaves for `run`."""
+
+    notebook: Notebook | None = None
+    run_dir: RunDir | None = None
+    arguments: dict[str, Any]
+    target: Target
+
+
+_state = _State()
+
+
+def flush() -> None:
+    """Flush the streams of Python and of C."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):  # the user may have replaced or closed them
+            stream.flush()
+    ctypes.CDLL(None).fflush(None)
+
+
+def restore(
+    namespace: dict[str, Any],
+    *,
+    cell: str,
+    path: list[str],
+    sources: Mapping[str, str],
+    closure: bytes | str,
+    **arguments: Any,
+) -> None:
+    """Bind the notebook's names in `namespace`; in a rank, after all that must come before that.
+
+    Args:
+        namespace: The script's globals.
+        cell: The cell's text.
+        path: The notebook's own folders to import from.
+        sources: The text of the notebook's cells by file name.
+        closure: A snapshot in base 85, or the name of the file that holds it, relative to the script.
+        arguments: The fields of `nbddp._script.Cell` and `Setup`.
+    """
+    sys.path[:0] = [folder for folder in path if folder not in sys.path]
+    in_rank = namespace["__name__"] == "__main__"
+    _state.arguments = {"cell": cell, **arguments}
+    device = "cpu"
+    try:
+        if in_rank:
+            device = _enter(**arguments)
+        _show_sources(sources)
+        target = _state.target = Target(namespace, namespace, device=device)
+        if isinstance(closure, bytes):
+            load(memoryview(bytearray(base64.b85decode(closure))), target)
+        else:
+            load_file(os.path.join(os.path.dirname(namespace["__file__"]), closure), target)
+        if in_rank:
+            namespace.update(_given_names(arguments["define"], device))
+    except BaseException as error:
+        if _state.notebook is None:
+            raise
+        # The script goes on to run(), which sees that all is over.
+        _state.arguments = {}
+        _leave(_outcome(error, ()))
+
+
+def _enter(*, init: bool, backend: str | None, gpus: bool, **_: Any) -> str:
+    """Become a rank; return the name of its device."""
+    run_dir = os.environ.pop(_settings.RUN_DIR, None)
+    secret = os.environ.pop(_settings.MARK, "")
+    forked = _repair.is_forked_rank()
+    if run_dir is not None:
+        _state.run_dir = RunDir.from_environment(run_dir)
+    if forked:
+        assert _state.run_dir is not None
+        _repair.repair(_state.run_dir.workers_temp(int(os.environ["RANK"])))
+    if _state.run_dir is not None:
+        _process.die_with_parent(os.getppid())
+        # A process started by one that ignores SIGINT, as the launcher does, would never see a KeyboardInterrupt.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _state.notebook = Notebook(_state.run_dir, secret)
+    elif "RANK" not in os.environ:
+        raise SystemExit(f"run this with torchrun: torchrun --nproc-per-node 2 {sys.argv[0]}")
+    _repair.name_process(f"nbddp-rank{os.environ['RANK']}")
+    import torch.distributed as dist
+
+    from nbddp import _group
+
+    dist.set_debug_level_from_env()
+    device = _group.own_device(gpus, forked=forked)
+    _group.let_user_take_over()
+    if init:
+        _group.init(backend, device)
+    return str(device)
+
+
+def _given_names(define: tuple[str, ...], device: str) -> dict[str, Any]:
+    """Return the names that nbddp itself gives to the cell, where the notebook has none like them."""
+    import torch
+
+    given = {
+        "rank": int(os.environ["RANK"]),
+        "local_rank": int(os.environ["LOCAL_RANK"]),
+        "world_size": int(os.environ["WORLD_SIZE"]),
+        "device": torch.device(device),
+    }
+    return {name: given[name] for name in define}
+
+
+def _show_sources(sources: Mapping[str, str]) -> None:
+    """Make the text of the notebook's cells known to tracebacks and to ``inspect.getsource``."""
+    for name, text in sources.items():
+        # Without a modification time, linecache never looks for a file of that name.
+        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
+
+
+def run(namespace: dict[str, Any]) -> None:
+    """Run the cell and end the rank."""
+    if not _state.arguments:
+        return
+    try:
+        outcome = _run_cell(namespace, **_state.arguments)
+    except BaseException as error:
+        _leave(_outcome(error, ()))
+    else:
+        _leave(outcome)
+
+
+def _run_cell(
+    namespace: dict[str, Any],
+    *,
+    cell: str,
+    filename: str,
+    number: int,
+    header: str,
+    colors: str,
+    out: tuple[str, ...],
+    gather: bool,
+    **_: Any,
+) -> dict[str, Any]:
+    """Run the cell, and write the results if it went well."""
+    from nbddp import _shell
+
+    shell = _shell.the_shell(_state.run_dir.temp if _state.run_dir is not None else None)
+    if _state.notebook is not None:
+        shell.publish = _state.notebook.publish
+    shell.shows_value = os.environ["RANK"] == "0"
+    error = shell.run(namespace, cell, filename=filename, number=number, header=header, colors=colors)
+    outcome = _outcome(error, shell.traceback)
+    if outcome["outcome"] == "done":
+        outcome |= _results(namespace, out, everywhere=gather)
+    return outcome
+
+
+def _outcome(error: BaseException | None, lines: tuple[str, ...]) -> dict[str, Any]:
+    """Return the report on what the cell raised, if anything."""
+    match error:
+        case None:
+            return {"outcome": "done"}
+        case SystemExit(code=None | 0):
+            return {"outcome": "done"}
+        case SystemExit():
+            code = error.code if isinstance(error.code, int) else 1
+            if not isinstance(error.code, int):
+                print(error.code, file=sys.stderr)  # noqa: T201  # as the interpreter does
+            return {"outcome": "exited", "code": code}
+        case KeyboardInterrupt():
+            return {"outcome": "interrupted"}
+    from nbddp._group import CannotForkError
+
+    if isinstance(error, CannotForkError):
+        return {"outcome": "cannot fork", "message": str(error)}
+    if not lines:
+        lines = tuple(line.rstrip("\n") for line in traceback.format_exception(error))
+    return {
+        "outcome": "raised",
+        "exception": type(error).__name__,
+        "message": _message(error),
+        "lines": lines,
+        "missing": error.name if isinstance(error, NameError) else None,
+    }
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as broken:
+        return f"<its __str__ raised {type(broken).__name__}>"
+
+
+def _results(namespace: dict[str, Any], out: tuple[str, ...], *, everywhere: bool) -> dict[str, Any]:
+    """Write what the notebook asked for; return where it is, or why it is not there."""
+    rank = int(os.environ["RANK"])
+    if not out or _state.run_dir is None or not (everywhere or rank == 0):
+        return {}
+    missing = [name for name in out if name not in namespace]
+    if missing:
+        return {"missing_results": missing}
+    names = {name: namespace[name] for name in out}
+    try:
+        snapshot = Pickler(namespace, _state.target.received).snapshot(names)
+    except Exception:
+        from nbddp._closure import explain_results
+
+        return {"bad_results": explain_results(names, namespace)}
+    try:
+        path = _state.run_dir.data(f"results.{rank}", snapshot.nbytes)
+        snapshot.write(path)
+    except Exception as error:
+        return {"bad_results": f"cannot bring back {', '.join(out)}: {error}"}
+    return {"results": path, "notes": snapshot.notes}
+
+
+def _leave(outcome: dict[str, Any]) -> None:
+    """Do what a script does at its end, report, leave the process group and return to torchrun."""
+    failed = outcome["outcome"] != "done"
+    notebook = _state.notebook
+    with contextlib.suppress(OSError):  # the kernel is gone; so will this process be
+        if notebook is not None and failed:
+            # At once: a thread that never ends must not keep a failure from being seen.
+            notebook.report(**outcome)
+        elif failed:
+            print("\n".join(outcome.get("lines", ())), file=sys.stderr)  # noqa: T201
+        _end_as_a_script()
+        if notebook is not None and not failed:
+            notebook.report(**outcome)
+        if notebook is not None:
+            notebook.end()
+    if not failed:
+        with contextlib.suppress(Exception):
+            from nbddp import _group
+
+            _group.destroy()
+    if not _repair.is_forked_rank():
+        # A DDP object that is alive when the interpreter ends makes gloo abort now and then.
+        flush()
+        os._exit(outcome.get("code", 1) if failed else 0)
+    if failed and os.environ["TORCHELASTIC_RESTART_COUNT"] != os.environ["TORCHELASTIC_MAX_RESTARTS"]:
+        raise RuntimeError("the cell failed on this rank; torchrun starts all of them again")
+
+
+def _end_as_a_script() -> None:
+    """Wait for threads, then run the exit handlers.
+
+    multiprocessing, in whose child a forked rank runs, runs exit handlers only from Python 3.13 on, and then it would
+    be too late to show what they print.
+    """
+    try:
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+    except BaseException:
+        traceback.print_exc()

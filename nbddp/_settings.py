@@ -1,0 +1,53 @@
+"""The environment variables that nbddp sets or reads, in one table, and those of others that it must treat specially."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+
+# Set by nbddp.
+
+# In the launcher and in all that descends from it: which session it belongs to. What outlives even the launcher is
+# found by this mark.
+SESSION = "NBDDP_SESSION"
+# In agent and ranks: the run directory; without it a script runs on its own, under plain torchrun.
+RUN_DIR = "NBDDP_RUN_DIR"
+# In the ranks: the secret by which the relay knows nbddp's own marks in a rank's output.
+MARK = "NBDDP_MARK"
+
+# Read by nbddp.
+
+# "fork" (ranks are forked from the launcher, which has torch imported) or "spawn" (ranks are new interpreters, as
+# under plain torchrun: slower to start). The default is fork where the platform allows it.
+START_METHOD = "NBDDP_START_METHOD"
+
+# Read by OpenMP and BLAS libraries when they load. The launcher runs with one thread whatever these say, since a
+# process that is to be forked must have no second one; each rank raises its own limit to what they say.
+THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS")
+
+# Read while torch, NumPy and their libraries load: a rank forked from a process that loaded them under other values
+# would silently ignore the new ones. A change to one of them takes a new launcher.
+_READ_AT_LOAD = (
+    "TORCH", "PYTORCH", "ATEN", "C10", "CUBLAS", "CUDNN", "OMP_", "GOMP_", "KMP_", "MKL", "DNNL", "ONEDNN",
+    "OPENBLAS", "GOTO", "NPY_", "NUMPY", "LD_", "PYTHON", "TRITON", "MALLOC_", "LOGLEVEL",
+)  # fmt: skip
+
+# Of those, the ones that are read later than that, or that a forked rank puts right itself.
+_READ_LATER = (*THREAD_LIMITS, "TORCH_NCCL_", "TORCH_DISTRIBUTED_DEBUG", "TORCHELASTIC_", "TORCH_ELASTIC_")
+
+
+def read_at_load(env: Mapping[str, str]) -> dict[str, str]:
+    """Return the part of `env` that a launcher must have been started with for its forks to honour it."""
+    return {k: v for k, v in env.items() if k.startswith(_READ_AT_LOAD) and not k.startswith(_READ_LATER)}
+
+
+def start_method(env: Mapping[str, str] = os.environ) -> str | None:
+    """Return the start method that the user asks for, or None.
+
+    Raises:
+        ValueError: The variable holds another word.
+    """
+    value = env.get(START_METHOD)
+    if value not in (None, "", "fork", "spawn"):
+        raise ValueError(f"{START_METHOD}={value!r}: it can be 'fork' or 'spawn'")
+    return value or None

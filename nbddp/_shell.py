@@ -1,0 +1,233 @@
+"""The IPython shell that runs the cell inside a rank.
+
+It is made in the launcher, before any fork, because making one takes a quarter of the time that a whole run may
+take. What it would do to its process and to the user's home there is undone or switched off: it writes no history,
+starts no thread, replaces no ``__main__``.
+"""
+
+from __future__ import annotations
+
+import ast
+import atexit
+import base64
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from IPython.core.compilerop import CachingCompiler
+from IPython.core.displayhook import DisplayHook
+from IPython.core.displaypub import DisplayPublisher
+from IPython.core.interactiveshell import InteractiveShell
+from traitlets import Type
+from traitlets.config import Config
+
+# Sends a mime bundle to the notebook: (data, metadata, transient, update, is it the cell's value).
+Publish = Callable[[dict[str, Any], dict[str, Any], dict[str, Any], bool, bool], None]
+
+
+def _print_plain(
+    data: dict[str, Any], metadata: dict[str, Any], transient: dict[str, Any], update: bool, value: bool
+) -> None:
+    """Show a bundle where there is no notebook."""
+    print(data.get("text/plain", ""))  # noqa: T201  # it is what the user's display() prints
+
+
+class _Compiler(CachingCompiler):  # type: ignore[misc]  # IPython is untyped
+    """Compiles the cell under the notebook's name for it, with the notebook's line numbers."""
+
+    cell_name = ""
+    cell_header = ""
+
+    def get_code_name(self, raw_code: str, transformed_code: str, number: int) -> str:
+        return self.cell_name or str(super().get_code_name(raw_code, transformed_code, number))
+
+    def cache(self, transformed_code: str, number: int = 0, raw_code: str | None = None) -> str:
+        return str(super().cache(self.cell_header + transformed_code, number, raw_code))
+
+    def ast_parse(self, source: str, filename: str = "<unknown>", symbol: str = "exec") -> Any:
+        tree = super().ast_parse(source, filename, symbol)
+        return ast.increment_lineno(tree, self.cell_header.count("\n"))
+
+
+class _DisplayHook(DisplayHook):  # type: ignore[misc]  # IPython is untyped
+    """Sends the value of the cell's last expression to the notebook, as rank 0; the other ranks' are not shown."""
+
+    def quiet(self) -> bool:
+        return bool(self.shell.cell_is_quiet)
+
+    def __call__(self, result: Any = None) -> None:
+        if result is None or self.quiet() or not self.shell.shows_value:
+            return
+        data, metadata = self.compute_format_data(result)
+        if data:
+            self.shell.publish(_jsonable(data), metadata, {}, False, True)
+
+
+class _DisplayPublisher(DisplayPublisher):  # type: ignore[misc]  # IPython is untyped
+    """Sends what ``display()`` shows to the notebook."""
+
+    def publish(
+        self,
+        data: dict[str, Any],
+        metadata: dict[str, Any] | None = None,
+        source: Any = None,
+        *,
+        transient: dict[str, Any] | None = None,
+        update: bool = False,
+        **_: Any,
+    ) -> None:
+        self.shell.publish(_jsonable(data), metadata or {}, transient or {}, update, False)
+
+    def clear_output(self, wait: bool = False) -> None:
+        """Do nothing: what one rank shows is not another's to clear."""
+
+
+class RankShell(InteractiveShell):  # type: ignore[misc]  # IPython is untyped
+    """Runs one cell in the script's own namespace and keeps its traceback instead of printing it.
+
+    Attributes:
+        publish: Where mime bundles go.
+        shows_value: Whether the value of the last expression is shown.
+        traceback: The lines of the last traceback, as the notebook would show them.
+    """
+
+    displayhook_class = Type(_DisplayHook)
+    display_pub_class = Type(_DisplayPublisher)
+    compiler_class = _Compiler
+
+    publish: Publish = staticmethod(_print_plain)
+    shows_value = True
+    cell_is_quiet = False
+    traceback: tuple[str, ...] = ()
+
+    def enable_gui(self, gui: str | None = None) -> None:
+        """Accept what ``%matplotlib`` asks for; a rank has no event loop of a user interface."""
+
+    def _tee(self, channel: str) -> contextlib.AbstractContextManager[None]:
+        # IPython 9 would keep all that the cell prints in memory, for a history that nobody reads.
+        return contextlib.nullcontext()
+
+    def system(self, cmd: str) -> None:
+        """Run a shell command on the rank's own stdout; IPython's way, through a pseudo-terminal, takes 0.1 s."""
+        cmd = self.var_expand(cmd, depth=1)
+        flush()
+        code = subprocess.call(cmd, shell=True, executable=os.environ.get("SHELL"))  # noqa: S602
+        self.user_ns["_exit_code"] = code
+        if self.system_raise_on_error and code != 0:
+            raise subprocess.CalledProcessError(code, cmd)
+
+    def showtraceback(self, exc_tuple: Any = None, *_: Any, tb_offset: int | None = None, **__: Any) -> None:
+        """Keep the traceback for the report to the notebook."""
+        kind, value, tb = self._get_exc_info(exc_tuple)
+        if not isinstance(value, SystemExit | KeyboardInterrupt):
+            self.traceback = self._rendered(kind, value, tb, tb_offset)
+
+    def showsyntaxerror(self, *_: Any, **__: Any) -> None:
+        """Keep the traceback of a syntax error, such as of an imported module."""
+        self.showtraceback()
+
+    def _rendered(
+        self, kind: type[BaseException], value: BaseException, tb: TracebackType | None, tb_offset: int | None
+    ) -> tuple[str, ...]:
+        try:
+            if hasattr(value, "_render_traceback_"):
+                return tuple(value._render_traceback_())
+            if isinstance(value, SyntaxError):
+                return tuple(self.SyntaxTB.structured_traceback(kind, value, traceback.extract_tb(tb)))
+            if not isinstance(value, BaseExceptionGroup):
+                return tuple(self.InteractiveTB.structured_traceback(kind, value, tb, tb_offset=tb_offset))
+        except Exception:  # a __str__ that raises, source that is gone
+            pass
+        return tuple(line.rstrip("\n") for line in traceback.format_exception(kind, value, tb))
+
+    def run(
+        self,
+        namespace: dict[str, Any],
+        source: str,
+        *,
+        filename: str,
+        number: int,
+        header: str,
+        colors: str,
+    ) -> BaseException | None:
+        """Run the cell as the notebook would.
+
+        Args:
+            namespace: The script's globals.
+            source: The cell's text below its magic line.
+            filename: The name under which its code is compiled.
+            number: The notebook's execution count.
+            header: What stands above `source` in the notebook's cell.
+            colors: The notebook's traceback colours.
+
+        Returns:
+            What the cell raised, or None.
+        """
+        self.user_module = sys.modules["__main__"]
+        self.user_ns = namespace
+        self.execution_count = number
+        if colors:
+            with contextlib.suppress(Exception):  # a theme that this process does not have
+                self.colors = colors
+        self.compile.cell_name = filename
+        self.compile.cell_header = header
+        with contextlib.suppress(Exception):  # an unfinished token: the compiler will say so
+            self.cell_is_quiet = DisplayHook.semicolon_at_end_of_expression(source)
+        # What IPython advises on SystemExit is for a person at a prompt.
+        warnings.filterwarnings("ignore", message="To exit: use", category=UserWarning)
+        result = self.run_cell(source, store_history=False)
+        error: BaseException | None = result.error_before_exec or result.error_in_exec
+        return error
+
+
+def the_shell(directory: str | None) -> RankShell:
+    """Return this process's shell; if it was not made before the fork, make it.
+
+    Args:
+        directory: Where to put its profile; None for a folder that is gone when the process ends.
+    """
+    if RankShell.initialized():
+        return RankShell.instance()
+    if directory is None:
+        directory = tempfile.mkdtemp(prefix="ipython-")
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return make(directory)
+
+
+def make(directory: str) -> RankShell:
+    """Make this process's one shell.
+
+    Args:
+        directory: For the profile that IPython insists on; the user's own stays untouched.
+    """
+    config = Config()
+    config.HistoryManager.enabled = False  # no thread, no database in the user's home
+    main = sys.modules["__main__"]
+    shell = RankShell.instance(config=config, ipython_dir=os.path.join(directory, "ipython"))
+    sys.modules["__main__"] = main
+    for name in ("ps1", "ps2", "ps3"):  # by these, libraries tell an interactive interpreter
+        if hasattr(sys, name):
+            delattr(sys, name)
+    # It empties the namespace, which is the script's.
+    atexit.unregister(shell.atexit_operations)
+    return shell
+
+
+def flush() -> None:
+    """Flush Python's output streams; the user may have replaced or closed them."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+
+
+def _jsonable(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a mime bundle whose images are text, as the Jupyter protocol has them."""
+    return {k: base64.b64encode(v).decode("ascii") if isinstance(v, bytes) else v for k, v in data.items()}

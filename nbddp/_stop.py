@@ -1,0 +1,131 @@
+"""Stopping: how an interrupt reaches the run, and what is done to ranks that are to end, and when."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from types import FrameType
+from typing import Any
+
+# Seconds that ranks have, after an interrupt, for their `finally` and `except KeyboardInterrupt`.
+GRACE_SECONDS = 5.0
+
+# Seconds that the other ranks have, after one has failed, to fail by themselves with an error that says more than
+# that they were stopped; a broken collective raises within milliseconds.
+SETTLE_SECONDS = 0.5
+
+# Seconds that a rank which has reported its end has for threads and exit handlers.
+EXIT_SECONDS = 5.0
+
+# Seconds between SIGTERM and SIGKILL.
+TERM_SECONDS = 1.0
+
+
+class Step(Enum):
+    """What can be done to a rank."""
+
+    INTERRUPT = "interrupt"  # its stack is taken, then SIGINT
+    TERMINATE = "terminate"  # SIGTERM, unless it has reported and is only cleaning up
+    KILL_RANKS = "kill ranks"  # SIGKILL, likewise
+    KILL = "kill"  # SIGKILL, to all that the run has started
+
+
+@dataclass
+class Ladder:
+    """The steps of one stop, each due at its time (``time.monotonic``)."""
+
+    steps: list[tuple[float, Step]]
+
+    @classmethod
+    def of_interrupt(cls, grace: float) -> Ladder:
+        """The user wants the run to end: every rank gets its chance to clean up."""
+        now = time.monotonic()
+        return cls([(now, Step.INTERRUPT), (now + grace, Step.TERMINATE), (now + grace + TERM_SECONDS, Step.KILL)])
+
+    @classmethod
+    def of_failure(cls) -> Ladder:
+        """A rank has failed: the others can only wait for it."""
+        now = time.monotonic() + SETTLE_SECONDS
+        return cls(
+            [(now, Step.TERMINATE), (now + TERM_SECONDS, Step.KILL_RANKS), (now + EXIT_SECONDS, Step.KILL)]
+        )
+
+    @classmethod
+    def of_impatience(cls) -> Ladder:
+        """The user has interrupted again, or no rank is there yet that could clean up."""
+        return cls([(time.monotonic(), Step.KILL)])
+
+    @property
+    def due(self) -> float:
+        """When the next step is due; infinity after the last."""
+        return self.steps[0][0] if self.steps else float("inf")
+
+    def take(self) -> Step | None:
+        """Return the next step if it is due, once."""
+        if self.due > time.monotonic():
+            return None
+        return self.steps.pop(0)[1]
+
+
+class InterruptGate:
+    """While it is entered, SIGINT raises nothing: it is counted, and wakes who waits for `fileno`.
+
+    So an interrupt never tears a line of code that must not be torn. Only the main thread can be interrupted; in any
+    other the gate is always open.
+
+    Attributes:
+        presses: How often the user has interrupted.
+    """
+
+    def __init__(self) -> None:
+        self.presses = 0
+        self._previous: Any = None
+
+    def __enter__(self) -> InterruptGate:
+        self._wake_read, self._wake_write = os.pipe()
+        os.set_blocking(self._wake_write, False)
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._previous = signal.getsignal(signal.SIGINT)
+            signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._main:
+            # None: the handler was not installed from Python, and cannot be restored by it.
+            signal.signal(signal.SIGINT, self._previous or signal.default_int_handler)
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    def fileno(self) -> int:
+        """Return a descriptor that becomes readable at the first press."""
+        return self._wake_read
+
+    def _press(self, signum: int, frame: FrameType | None) -> None:
+        self.presses += 1
+        with contextlib.suppress(OSError):
+            os.write(self._wake_write, b"i")
+
+    def drain(self) -> None:
+        """Take note of the presses so far; `fileno` becomes readable at the next."""
+        os.read(self._wake_read, 4096)
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """Let an interrupt raise KeyboardInterrupt in what may safely be torn, such as pickling."""
+        if not self._main:
+            yield
+            return
+        if self.presses:
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGINT, self._previous or signal.default_int_handler)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, self._press)
