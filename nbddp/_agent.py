@@ -17,7 +17,7 @@ from typing import Any
 
 from nbddp import _process, _repair, _settings, _wire
 from nbddp._paths import RunDir
-from nbddp._rendezvous import BACKEND
+from nbddp._rendezvous import BACKEND, LOOPBACK
 
 # torch looks for CUDA through NVML with this, instead of initialising the driver, which no fork would survive.
 _NVML_CHECK = "PYTORCH_NVML_BASED_CUDA_CHECK"
@@ -63,7 +63,8 @@ class Launch:
 
 def torchrun_options(ranks: int, max_restarts: int, start_method: str) -> list[str]:
     """Return torchrun's options for a run on this machine."""
-    options = ["--nnodes", "1", "--nproc-per-node", str(ranks), "--rdzv-backend", BACKEND, "--rdzv-id", BACKEND]
+    options = ["--nnodes", "1", "--nproc-per-node", str(ranks)]
+    options += ["--rdzv-backend", BACKEND, "--rdzv-endpoint", f"{LOOPBACK}:0", "--rdzv-id", BACKEND]
     if max_restarts:
         options += ["--max-restarts", str(max_restarts)]
     if start_method == "fork":
@@ -105,7 +106,7 @@ def run_forked(launch: Launch, parent: int) -> None:
 def _serve(run: RunDir, arguments: list[str]) -> int:
     """Run torchrun and tell the kernel how it ended; return the exit status."""
     notebook = _wire.connect(run.socket)
-    _wire.send(notebook, "agent", pid=os.getpid())
+    _wire.send(notebook, "agent", pid=os.getpid(), time=time.monotonic())
     failures: list[tuple[int, int]] = []
     try:
         failures = _torchrun(arguments)
@@ -119,19 +120,36 @@ def _torchrun(arguments: list[str]) -> list[tuple[int, int]]:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    options = torchrun.get_args_parser()._option_string_actions
-    if "--numa-binding" in options:
-        # With no binding asked for, torch 2.9 and later look whether there is CUDA, in this process, and that is the
-        # end of forking. Ask for one, and take it away again before anything comes of it.
-        arguments = ["--numa-binding", "node", *arguments]
-    config, command, command_arguments = torchrun.config_from_args(torchrun.parse_args(arguments))
-    if "--numa-binding" in options:
+    config, command, command_arguments = torchrun.config_from_args(_parse(arguments))
+    if hasattr(config, "numa_options"):
         config.numa_options = None
     try:
         torchrun.elastic_launch(config, command)(*command_arguments)
     except ChildFailedError as error:
         return [(rank, failure.exitcode) for rank, failure in error.failures.items()]
     return []
+
+
+def _parse(arguments: list[str]) -> Any:
+    """Return torchrun's own reading of its arguments."""
+    from torch.distributed import run as torchrun
+    from torch.distributed.launcher.api import LaunchConfig
+
+    if "numa_options" in {field.name for field in dataclasses.fields(LaunchConfig)}:
+        # With no binding asked for, torch 2.9 and later look whether there is CUDA, in this process, and that is the
+        # end of forking. Ask for one; it is taken away again before anything comes of it.
+        arguments = ["--numa-binding", "node", *arguments]
+    return torchrun.parse_args(arguments)
+
+
+def rehearse() -> None:
+    """Do in the launcher, once, what need not be done anew in each agent: lazy imports, compiled expressions."""
+    import encodings.idna  # noqa: F401  # for the host's name
+
+    import torch.distributed.elastic.agent.server.local_elastic_agent
+    import torch.distributed.elastic.rendezvous.registry  # noqa: F401
+
+    _parse([*torchrun_options(1, 0, "fork"), "script"])
 
 
 def _set_environment(env: Mapping[str, str]) -> None:

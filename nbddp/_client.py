@@ -19,7 +19,9 @@ from nbddp._paths import Session, sweep
 # A launcher that was told to go needs a few milliseconds, or what is left of its imports.
 _GOODBYE_SECONDS = 5.0
 
-_COMMAND = "import sys; sys.path[:] = {path!r}; from nbddp._launcher import main; main({kernel}, {session!r}, {control})"
+_COMMAND = (
+    "import sys; sys.path[:] = {path!r}; from nbddp._launcher import main; main({kernel}, {session!r}, {control})"
+)
 
 
 class Client:

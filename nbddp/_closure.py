@@ -64,9 +64,7 @@ def explain_results(names: Mapping[str, Any], namespace: dict[str, Any]) -> str:
 
 def describe(names: Mapping[str, Any], namespace: dict[str, Any]) -> list[Captured]:
     """Return each name with its type and its size when pickled on its own."""
-    return [
-        Captured(name, _kind(value), capture({name: value}, namespace, {}).nbytes) for name, value in names.items()
-    ]
+    return [Captured(name, _kind(value), capture({name: value}, namespace, {}).nbytes) for name, value in names.items()]
 
 
 def table(captured: Sequence[Captured]) -> list[str]:
@@ -80,7 +78,9 @@ def _kind(value: Any) -> str:
     if isinstance(value, types.ModuleType):
         return f"module {value.__name__}"
     kind = type(value)
-    text = kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+    text = (
+        kind.__qualname__ if kind.__module__ in ("builtins", "__main__") else f"{kind.__module__}.{kind.__qualname__}"
+    )
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple):
         return f"{text} {tuple(shape)} {getattr(value, 'dtype', '')}".rstrip()
@@ -97,9 +97,7 @@ def _failure(value: Any, namespace: dict[str, Any]) -> Exception | None:
     return None
 
 
-def _refusal(
-    name: str, value: Any, namespace: dict[str, Any], lines: Sequence[int], error: Exception
-) -> CaptureError:
+def _refusal(name: str, value: Any, namespace: dict[str, Any], lines: Sequence[int], error: Exception) -> CaptureError:
     """Return the error for a name whose value cannot be pickled."""
     path, user, culprit, error = _culprit(name, value, namespace, error)
     where = f", used on line {_listed(lines)} of the cell," if lines and not user else ""
@@ -113,9 +111,7 @@ def _refusal(
     )
 
 
-def _culprit(
-    name: str, value: Any, namespace: dict[str, Any], error: Exception
-) -> tuple[str, str, Any, Exception]:
+def _culprit(name: str, value: Any, namespace: dict[str, Any], error: Exception) -> tuple[str, str, Any, Exception]:
     """Search what `value` consists of for the smallest part that cannot be pickled.
 
     Returns:

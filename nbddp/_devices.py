@@ -55,7 +55,9 @@ def choose(options: Options, env: Mapping[str, str], count_gpus: Callable[[], in
     have = "1 GPU" if there == 1 else f"{there} GPUs"
     if options.gpu_ids:
         if max(options.gpu_ids) >= there:
-            raise LaunchError(f"--gpu-ids {_listed(options)}: there {'is' if there == 1 else 'are'} {have} here, numbered from 0")
+            raise LaunchError(
+                f"--gpu-ids {_listed(options)}: there {'is' if there == 1 else 'are'} {have} here, numbered from 0"
+            )
         # The numbers are those that the notebook's own torch uses, which may itself see only some of the GPUs.
         seen = env.get("CUDA_VISIBLE_DEVICES", "").split(",")
         chosen = [seen[i] if len(seen) == there and seen[i] else str(i) for i in options.gpu_ids]

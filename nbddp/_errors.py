@@ -98,5 +98,5 @@ class RankError(NbddpError):
         self.others = dict(others or {})
 
 
-class RunTimeout(NbddpError, TimeoutError):
+class RunTimeout(NbddpError, TimeoutError):  # noqa: N818  # as TimeoutError's cousins in asyncio and socket
     """The run was stopped because ``--timeout`` passed; the notes say where each rank was."""

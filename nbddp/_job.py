@@ -15,6 +15,7 @@ import builtins
 import os
 import secrets
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -73,10 +74,12 @@ class Finished:
     Attributes:
         results: For each rank that was asked, the names that came back.
         value: The mime bundle of the cell's value, with its metadata; None if it had none.
+        times: When each stage was complete, for benchmarks (``time.monotonic``).
     """
 
     results: list[dict[str, Any]]
     value: MimeBundle | None
+    times: dict[str, float]
 
 
 def perform(job: Job, client: _client.Client, screen: Screen) -> Finished:
@@ -112,8 +115,10 @@ def _start_method(client: _client.Client) -> str:
 
 
 def _attempt(job: Job, client: _client.Client, screen: Screen, gate: InterruptGate, method: str) -> Finished:
+    times = {"began": time.monotonic()}
     with gate.open():
         snapshot = _closure.capture(job.names, job.namespace, job.lines)
+    times["captured"] = time.monotonic()
     env = {**os.environ, **job.options.env}
     devices = _devices.choose(job.options, env, lambda: _count_gpus(client, env, gate))
     env = _devices.environment(os.environ, job.options, devices)
@@ -130,7 +135,8 @@ def _attempt(job: Job, client: _client.Client, screen: Screen, gate: InterruptGa
         ending = _launch(job, client, screen, gate, method, devices, env, run_dir)
         with gate.open():
             results = _results(job, ending, snapshot)
-        return Finished(results, ending.value)
+        times |= ending.times | {"results loaded": time.monotonic()}
+        return Finished(results, ending.value, times)
     finally:
         run_dir.remove()
 
@@ -313,4 +319,3 @@ def _results(job: Job, ending: Ending, sent: Snapshot) -> list[dict[str, Any]]:
             ) from error
         results.append(names)
     return results
-

@@ -29,6 +29,7 @@ import socket
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -144,17 +145,19 @@ class Launcher:
         inbox.close()
 
     def _request(self, inbox: _wire.Inbox) -> None:
-        for message in inbox.receive():
+        messages = inbox.receive()
+        if inbox.closed or any(message["kind"] == "kill" for message in messages):
+            # It was taken back, most often by an interrupt while this process was still importing.
+            self._answer(inbox, "ended", status=0)
+            self._forget(inbox)
+            return
+        for message in messages:
             match message.pop("kind"):
                 case "count gpus":
                     self._answer(inbox, "gpus", count=self._count_gpus(message["env"]))
                     self._forget(inbox)
-                    return
                 case "launch":
                     self._launch(inbox, _agent.Launch(**message))
-                    return
-        if inbox.closed:
-            self._forget(inbox)
 
     def _answer(self, inbox: _wire.Inbox, kind: str, **fields: Any) -> None:
         with contextlib.suppress(OSError):
@@ -293,13 +296,14 @@ def _spawn(launch: _agent.Launch) -> int:
 
 def import_for_ranks(temp: str) -> None:
     """Import what every rank needs."""
-    import torch  # noqa: F401
+    import torch
     import torch.distributed.run
     import torch.nn.parallel  # noqa: F401
 
     from nbddp import _closure, _group, _rank, _shell  # noqa: F401
 
     _repair.prepare()
+    _agent.rehearse()
     _shell.make(temp)
     _freeze()
 
@@ -307,13 +311,19 @@ def import_for_ranks(temp: str) -> None:
 def import_for_training() -> None:
     """Import what the first optimizer or DDP module in a process imports: nearly a second, for each rank."""
     import stack_data  # noqa: F401  # IPython's tracebacks
-    import torch._dynamo
+    import torch._dynamo  # noqa: F401
 
     _freeze()
 
 
 def _freeze() -> None:
-    """Have the garbage collector leave what is here alone: touching it would copy its pages in every rank."""
+    """Make ready to be forked.
+
+    The garbage collector is to leave alone what is here: touching it would copy its pages in every rank. And what is
+    here is not for a rank to finalise at its end: the 174 operator libraries of torch alone take 30 ms.
+    """
+    for finalizer in list(getattr(weakref.finalize, "_registry", ())):
+        finalizer.atexit = False
     gc.collect()
     gc.freeze()
 

@@ -7,6 +7,7 @@ what comes back into the notebook's namespace.
 from __future__ import annotations
 
 import ast
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -55,16 +56,17 @@ class CellValue:
 
 
 @magics_class
-class DDPMagics(Magics):  # type: ignore[misc]  # IPython is untyped
+class DDPMagics(Magics):
     """The magics; settings as in ``%config DDPMagics.grace = 10``."""
 
     grace = Float(GRACE_SECONDS, help="Seconds that ranks have to end after an interrupt.").tag(config=True)
 
-    @line_cell_magic  # type: ignore[untyped-decorator]  # IPython is untyped
+    @line_cell_magic  # type: ignore[untyped-decorator]  # IPython's
     def ddp(self, line: str, cell: str | None = None) -> CellValue | None:
         # The docstring is the help text; see below.
         if cell is None:
-            return self._line(line)
+            self._line(line)
+            return None
         try:
             options = parse(line)
         except HelpAsked as asked:
@@ -142,7 +144,9 @@ class DDPMagics(Magics):  # type: ignore[misc]  # IPython is untyped
             case ["log", rank] if rank.isdigit():
                 self._show_log(int(rank))
             case _:
-                raise UsageError(f"%ddp {line}: there is only %ddp log [RANK]; a cell that runs on ranks begins with %%ddp")
+                raise UsageError(
+                    f"%ddp {line}: there is only %ddp log [RANK]; a cell that runs on ranks begins with %%ddp"
+                )
 
     def _show_log(self, rank: int | None) -> None:
         logs = client.session.logs
@@ -192,11 +196,8 @@ def load(shell: Any) -> None:
     if sys.platform == "win32":
         raise LaunchError("nbddp needs Linux or macOS; on Windows, use it inside WSL")
     shell.register_magics(DDPMagics)
-    try:
+    with contextlib.suppress(NbddpError):  # a full disk must not fail the import cell; the first run will say it
         client.start()
-    except NbddpError:
-        # Loading must not fail for a full disk; the first cell will say it.
-        pass
 
 
 def unload(shell: Any) -> None:

@@ -185,4 +185,3 @@ def _globals_of(code: types.CodeType, depth: int = 0) -> Iterator[tuple[int, str
 
 def _is_get_ipython(node: ast.expr) -> bool:
     return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "get_ipython"
-

@@ -71,7 +71,9 @@ class Options:
             raise OptionError(f"--max-restarts {self.max_restarts}: 0 or more")
         for name in self.out:
             if not name.isidentifier():
-                raise OptionError(f"--out {name}: that is no name; give names separated by commas, as in --out model,losses")
+                raise OptionError(
+                    f"--out {name}: that is no name; give names separated by commas, as in --out model,losses"
+                )
         if self.keep_script is not None:
             folder = os.path.dirname(os.path.abspath(self.keep_script))
             if os.path.isdir(self.keep_script):
@@ -152,8 +154,23 @@ def _make_parser() -> _Parser:
     add("--gpu-ids", type=_numbers, default=(), metavar="K,K,...", help="one rank on each of these GPUs")
     add("--cpus", type=_number, metavar="N", help="N ranks on the CPU")
     add("--backend", metavar="NAME", help="process group backend (default: nccl on GPUs, gloo on the CPU)")
-    add("--out", "-o", type=_names, action="extend", default=[], metavar="NAME,...", help="bring names back from rank 0, all or none")
-    add("--env", type=_assignment, action="append", default=[], metavar="KEY=VALUE", help="set an environment variable in the ranks")
+    add(
+        "--out",
+        "-o",
+        type=_names,
+        action="extend",
+        default=[],
+        metavar="NAME,...",
+        help="bring names back from rank 0, all or none",
+    )
+    add(
+        "--env",
+        type=_assignment,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set an environment variable in the ranks",
+    )
     add("--timeout", type=_seconds, metavar="SECONDS", help="stop the run and raise TimeoutError after this long")
     add("--no-init", dest="init", action="store_false", help="leave init_process_group to the cell")
     add("--max-restarts", type=_number, default=0, metavar="N", help="let torchrun restart all ranks up to N times")

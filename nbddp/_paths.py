@@ -19,7 +19,7 @@ import time
 from nbddp._errors import LaunchError
 
 _PREFIX = "nbddp-"
-_SHM = "/dev/shm"  # noqa: S108
+_SHM = "/dev/shm"
 _LOCK = "lock"
 
 # Seconds after which a session directory without its lock file is a ruin, not one being made.
@@ -230,7 +230,7 @@ def _temp_dir() -> str:
     try:
         return tempfile.gettempdir()
     except FileNotFoundError:  # none can be written; tempfile names them in its message
-        return os.environ.get("TMPDIR", "/tmp")  # noqa: S108
+        return os.environ.get("TMPDIR", "/tmp")
 
 
 def _free(path: str) -> int:
@@ -244,10 +244,7 @@ def _free(path: str) -> int:
 def cannot_write(what: str, path: str, error: OSError) -> LaunchError:
     """Return the error for a file of nbddp's own that could not be written, with the next step."""
     reason = (error.strerror or str(error)).lower()
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        step = "make room there"
-    else:
-        step = "make it writable"
+    step = "make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable"
     place = _temp_dir() if path.startswith(_temp_dir()) else os.path.dirname(path)
     return LaunchError(f"cannot {what} in {place}: {reason}. Either {step}, or set TMPDIR to another folder")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import select
 import signal
 import sys
 from collections.abc import Iterator
@@ -59,6 +60,22 @@ def send_signal(pid: int, pidfd: int | None, signum: int) -> None:
             os.kill(pid, signum)
     except ProcessLookupError:
         pass
+
+
+def signal_main_thread(pid: int, pidfd: int | None, signum: int) -> None:
+    """Signal a process so that its main thread is the one to handle it.
+
+    A signal sent to a process as a whole may be delivered to any of its threads. Python raises KeyboardInterrupt in
+    the main thread only, and does not wake it for a signal that a thread of gloo's or NCCL's has caught: a main thread
+    that sleeps would sleep on.
+    """
+    if hasattr(_libc, "tgkill"):
+        # By pid, so see first that it is still the same process; its parent cannot have reaped it in between.
+        if pidfd is not None and select.select([pidfd], [], [], 0)[0]:
+            return
+        _libc.tgkill(pid, pid, signum)
+    else:
+        send_signal(pid, pidfd, signum)
 
 
 def _parents() -> Iterator[tuple[int, int]]:

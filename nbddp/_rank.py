@@ -109,7 +109,7 @@ class Notebook:
     def report(self, **outcome: Any) -> None:
         """Tell how the cell ended."""
         with self._lock:
-            _wire.send(self._sock, "report", time=time.monotonic(), **outcome)
+            _wire.send(self._sock, "report", time=time.monotonic(), times=_state.times, **outcome)
 
     def end(self) -> None:
         """Tell that nothing more is to come; what is printed after this is not shown."""
@@ -125,7 +125,13 @@ def _text_stream(fd: int) -> io.TextIOWrapper:
 
 
 class _State:
-    """What `restore` leaves for `run`."""
+    """What `restore` leaves for `run`.
+
+    Attributes:
+        times: When each stage was complete (``time.monotonic``, which all processes of a machine share).
+    """
+
+    times: dict[str, float]
 
     notebook: Notebook | None = None
     run_dir: RunDir | None = None
@@ -134,6 +140,11 @@ class _State:
 
 
 _state = _State()
+_state.times = {}
+
+
+def _complete(stage: str) -> None:
+    _state.times[stage] = time.monotonic()
 
 
 def flush() -> None:
@@ -165,6 +176,7 @@ def restore(
     """
     sys.path[:0] = [folder for folder in path if folder not in sys.path]
     in_rank = namespace["__name__"] == "__main__"
+    _complete("script started")
     _state.arguments = {"cell": cell, **arguments}
     device = "cpu"
     try:
@@ -178,6 +190,7 @@ def restore(
             load_file(os.path.join(os.path.dirname(namespace["__file__"]), closure), target)
         if in_rank:
             namespace.update(_given_names(arguments["define"], device))
+        _complete("names restored")
     except BaseException as error:
         if _state.notebook is None:
             raise
@@ -203,6 +216,7 @@ def _enter(*, init: bool, backend: str | None, gpus: bool, **_: Any) -> str:
         _state.notebook = Notebook(_state.run_dir, secret)
     elif "RANK" not in os.environ:
         raise SystemExit(f"run this with torchrun: torchrun --nproc-per-node 2 {sys.argv[0]}")
+    _complete("connected")
     _repair.name_process(f"nbddp-rank{os.environ['RANK']}")
     import torch.distributed as dist
 
@@ -213,6 +227,7 @@ def _enter(*, init: bool, backend: str | None, gpus: bool, **_: Any) -> str:
     _group.let_user_take_over()
     if init:
         _group.init(backend, device)
+    _complete("process group")
     return str(device)
 
 
@@ -268,6 +283,7 @@ def _run_cell(
         shell.publish = _state.notebook.publish
     shell.shows_value = os.environ["RANK"] == "0"
     error = shell.run(namespace, cell, filename=filename, number=number, header=header, colors=colors)
+    _complete("cell")
     outcome = _outcome(error, shell.traceback)
     if outcome["outcome"] == "done":
         outcome |= _results(namespace, out, everywhere=gather)
@@ -327,6 +343,8 @@ def _results(namespace: dict[str, Any], out: tuple[str, ...], *, everywhere: boo
         return {"bad_results": explain_results(names, namespace)}
     try:
         path = _state.run_dir.data(f"results.{rank}", snapshot.nbytes)
+        with contextlib.suppress(FileNotFoundError):  # of an attempt before a restart
+            os.unlink(path)
         snapshot.write(path)
     except Exception as error:
         return {"bad_results": f"cannot bring back {', '.join(out)}: {error}"}
@@ -344,6 +362,7 @@ def _leave(outcome: dict[str, Any]) -> None:
         elif failed:
             print("\n".join(outcome.get("lines", ())), file=sys.stderr)  # noqa: T201
         _end_as_a_script()
+        _complete("results and exit handlers")
         if notebook is not None and not failed:
             notebook.report(**outcome)
         if notebook is not None:

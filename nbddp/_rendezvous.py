@@ -72,9 +72,8 @@ def _create_handler(params: RendezvousParameters) -> RendezvousHandler:
             return True
 
         def next_rendezvous(self) -> RendezvousInfo:
-            # Asked again after a restart; ranks tell their attempts apart by a prefix of torch's own.
-            if self._store is None:
-                self._store = open_store()
+            # Asked again before a restart: a new store, since the keys of the last attempt would mislead the ranks.
+            self._store = open_store()
             return RendezvousInfo(self._store, 0, 1, RendezvousStoreInfo(LOOPBACK, self._store.port))
 
         def is_closed(self) -> bool:

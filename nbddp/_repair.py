@@ -112,7 +112,7 @@ def _random_state() -> None:
     if "numpy.random" in sys.modules:
         import numpy as np
 
-        np.random.seed()  # noqa: NPY002  # it is the legacy global state that was inherited
+        np.random.seed()  # it is the legacy global state that was inherited
     # Python's own generator reseeds itself after a fork.
 
 

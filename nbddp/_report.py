@@ -116,6 +116,9 @@ def _rank_error(
 
 
 def _in_short_of_other(state: RankState, first: RankState) -> str:
+    if state.outcome is None:
+        # By nbddp or by torchrun: both end what is left when one has failed.
+        return "stopped"
     text = in_short(state)
     return "the same" if first.outcome is not None and text == in_short(first) else text
 
@@ -144,7 +147,9 @@ def _where(state: RankState, run_dir: RunDir, cell: Cell) -> str:
     """Return a line that says where a rank was when its stack was taken."""
     frames = _frames(_stack_text(state, run_dir))
     if not frames:
-        return f"rank {state.rank}: {in_short(state)}" if state.outcome or state.ended else f"rank {state.rank}: starting"
+        return (
+            f"rank {state.rank}: {in_short(state)}" if state.outcome or state.ended else f"rank {state.rank}: starting"
+        )
     return f"rank {state.rank}: {_place(frames, cell)}"
 
 

@@ -14,7 +14,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -80,6 +80,7 @@ class Ending:
         value: The mime bundle of the cell's value on rank 0, and its metadata.
         killed: Whether ranks had to be killed after an interrupt.
         agent_status: The agent's exit status, if it ended without a word.
+        times: When each stage was complete, on the rank that took longest for it (``time.monotonic``).
     """
 
     cause: str
@@ -88,6 +89,7 @@ class Ending:
     value: tuple[dict[str, Any], dict[str, Any]] | None = None
     killed: bool = False
     agent_status: int | None = None
+    times: dict[str, float] = field(default_factory=dict)
 
 
 class Run:
@@ -136,8 +138,10 @@ class Run:
         self._ladder: Ladder | None = None
         self._cause = "done"
         self._killed = False
+        self._started = False
         self._launcher_ended = False
         self._launcher_died = False
+        self._times: dict[str, float] = {}
         self._agent_ended = False
         self._agent_status: int | None = None
         self._restart_by: float | None = None
@@ -153,6 +157,7 @@ class Run:
         self._channel.sock.setblocking(False)
         try:
             # A run that cannot be sent is one whose launcher died just now.
+            self._times["asked"] = time.monotonic()
             with contextlib.suppress(OSError):
                 self._send("launch", **vars(self._launch))
             while not self._over():
@@ -160,6 +165,7 @@ class Run:
             if self._cause == "done" and self._failures():
                 self._cause = "failed"
             self._name_deaths()
+            self._times["all reported"] = time.monotonic()
             self._let_go()
             self._relay.finish()
             return self._ending()
@@ -175,7 +181,7 @@ class Run:
 
     # The loop.
 
-    def _watch(self, source: Any, callback: Callable[[], None]) -> None:
+    def _watch(self, source: Any, callback: Callable[[], object]) -> None:
         self._selector.register(source, selectors.EVENT_READ, callback)
 
     def _unwatch(self, source: Any) -> None:
@@ -255,8 +261,8 @@ class Run:
         for state in alive:
             if step is Step.INTERRUPT:
                 # The stack first: it is written by the C-level handler, before KeyboardInterrupt unwinds it.
-                _process.send_signal(state.pid, state.pidfd, STACK_SIGNAL)
-                _process.send_signal(state.pid, state.pidfd, signal.SIGINT)
+                _process.signal_main_thread(state.pid, state.pidfd, STACK_SIGNAL)
+                _process.signal_main_thread(state.pid, state.pidfd, signal.SIGINT)
             elif state.outcome is None:
                 state.stopped = True
                 signum = signal.SIGTERM if step is Step.TERMINATE else signal.SIGKILL
@@ -276,6 +282,8 @@ class Run:
     def _hear_launcher(self) -> None:
         for message in self._channel.receive():
             match message["kind"]:
+                case "started":
+                    self._started = True
                 case "ended":
                     self._launcher_ended = True
                     if not self._agent_ended:
@@ -300,31 +308,34 @@ class Run:
 
     def _greet(self, inbox: _wire.Inbox) -> None:
         """Find out who has connected."""
-        for message in inbox.receive():
-            match message["kind"]:
-                case "agent":
-                    self._selector.modify(inbox.sock, selectors.EVENT_READ, partial(self._hear_agent, inbox))
-                    return
-                case "rank":
-                    self._add_rank(inbox, message)
-                    return
-        if inbox.closed:
+        messages = inbox.receive()
+        if messages and messages[0]["kind"] == "agent":
+            self._times["agent forked"] = messages[0]["time"]
+            self._selector.modify(inbox.sock, selectors.EVENT_READ, partial(self._hear_agent, inbox))
+            self._take_from_agent(messages[1:])
+        elif messages:
+            state = self._add_rank(inbox, messages[0])
+            self._take_from_rank(state, messages[1:])
+        elif inbox.closed:
             self._unwatch(inbox.sock)
             inbox.close()
 
     def _hear_agent(self, inbox: _wire.Inbox) -> None:
-        for message in inbox.receive():
-            self._agent_ended = True
-            for rank, exitcode in message["failures"]:
-                if rank in self._ranks:
-                    self._ranks[rank].exitcode = exitcode
+        self._take_from_agent(inbox.receive())
         if inbox.closed:
             self._unwatch(inbox.sock)
             inbox.close()
 
+    def _take_from_agent(self, messages: list[_wire.Message]) -> None:
+        for message in messages:
+            self._agent_ended = True
+            for rank, exitcode in message["failures"]:
+                if rank in self._ranks:
+                    self._ranks[rank].exitcode = exitcode
+
     # The ranks.
 
-    def _add_rank(self, inbox: _wire.Inbox, message: dict[str, Any]) -> None:
+    def _add_rank(self, inbox: _wire.Inbox, message: _wire.Message) -> RankState:
         rank, attempt = message["rank"], message["attempt"]
         if attempt > self._attempt:
             self._attempt = attempt
@@ -345,10 +356,18 @@ class Run:
             self._watch(pidfd, partial(self._see_death, state))
         if self._cause in ("interrupted", "timeout") and self._ladder is not None:
             # It came late; what the others were told already is told to it, too.
-            _process.send_signal(state.pid, pidfd, signal.SIGINT)
+            _process.signal_main_thread(state.pid, pidfd, signal.SIGINT)
+        return state
 
     def _hear(self, state: RankState) -> None:
-        for message in state.inbox.receive():
+        self._take_from_rank(state, state.inbox.receive())
+        if state.inbox.closed:
+            self._unwatch(state.inbox.sock)
+            if state.pidfd is None:  # where there is nothing better, this is how a death is seen
+                self._see_death(state)
+
+    def _take_from_rank(self, state: RankState, messages: list[_wire.Message]) -> None:
+        for message in messages:
             match message["kind"]:
                 case "display" if message["value"]:
                     self._value = message["data"], message["metadata"]
@@ -356,15 +375,13 @@ class Run:
                     self._relay.display(state.rank, message)
                 case "report":
                     state.outcome = message
+                    for stage, at in message["times"].items():
+                        self._times[stage] = max(at, self._times.get(stage, at))
                 case "end":
                     # It flushed before it said so: all that is its own is in the pipe. Its children may go on.
                     self._drain(state)
                     state.ended = True
                     self._unwatch(state.output)
-        if state.inbox.closed:
-            self._unwatch(state.inbox.sock)
-            if state.pidfd is None:  # where there is nothing better, this is how a death is seen
-                self._see_death(state)
 
     def _read(self, state: RankState) -> bool:
         """Read once from a rank's output; return whether there may be more."""
@@ -422,7 +439,8 @@ class Run:
         done = self._cause == "done"
         with contextlib.suppress(OSError):
             self._send("finish" if done else "kill")
-        if done and not self._wait_until_gone:
+        # A launcher that is still importing will find the request taken back.
+        if (done and not self._wait_until_gone) or not self._started:
             return
         deadline = time.monotonic() + _END_SECONDS
         while not self._launcher_ended and time.monotonic() < deadline:
@@ -434,7 +452,7 @@ class Run:
             cause = "no ranks"
         failed = self._failures()
         first = failed[0] if failed else None
-        return Ending(cause, self._ranks, first, self._value, self._killed, self._agent_status)
+        return Ending(cause, self._ranks, first, self._value, self._killed, self._agent_status, self._times)
 
 
 def _close(state: RankState) -> None:

@@ -88,10 +88,9 @@ class Script:
             closure_path: Where the closure lies if it is too large to embed; a bare name is looked for beside the
                 script.
         """
+        closure: bytes | str | None = closure_path
         if self.embeds_closure():
             closure = base64.b85encode(b"".join(self.closure.chunks()))
-        else:
-            closure = closure_path or ""
         arguments = {"path": list(self.search_path), **asdict(self.cell), **asdict(self.setup)}
         del arguments["source"]
         return _TEMPLATE.format(

@@ -1,4 +1,4 @@
-"""The environment variables that nbddp sets or reads, in one table, and those of others that it must treat specially."""
+"""The environment variables that nbddp sets or reads, in one table, and others that it must treat specially."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def _print_plain(
     print(data.get("text/plain", ""))  # noqa: T201  # it is what the user's display() prints
 
 
-class _Compiler(CachingCompiler):  # type: ignore[misc]  # IPython is untyped
+class _Compiler(CachingCompiler):
     """Compiles the cell under the notebook's name for it, with the notebook's line numbers."""
 
     cell_name = ""
@@ -57,7 +57,7 @@ class _Compiler(CachingCompiler):  # type: ignore[misc]  # IPython is untyped
         return ast.increment_lineno(tree, self.cell_header.count("\n"))
 
 
-class _DisplayHook(DisplayHook):  # type: ignore[misc]  # IPython is untyped
+class _DisplayHook(DisplayHook):
     """Sends the value of the cell's last expression to the notebook, as rank 0; the other ranks' are not shown."""
 
     def quiet(self) -> bool:
@@ -71,7 +71,7 @@ class _DisplayHook(DisplayHook):  # type: ignore[misc]  # IPython is untyped
             self.shell.publish(_jsonable(data), metadata, {}, False, True)
 
 
-class _DisplayPublisher(DisplayPublisher):  # type: ignore[misc]  # IPython is untyped
+class _DisplayPublisher(DisplayPublisher):
     """Sends what ``display()`` shows to the notebook."""
 
     def publish(
@@ -90,7 +90,7 @@ class _DisplayPublisher(DisplayPublisher):  # type: ignore[misc]  # IPython is u
         """Do nothing: what one rank shows is not another's to clear."""
 
 
-class RankShell(InteractiveShell):  # type: ignore[misc]  # IPython is untyped
+class RankShell(InteractiveShell):
     """Runs one cell in the script's own namespace and keeps its traceback instead of printing it.
 
     Attributes:
@@ -119,7 +119,7 @@ class RankShell(InteractiveShell):  # type: ignore[misc]  # IPython is untyped
         """Run a shell command on the rank's own stdout; IPython's way, through a pseudo-terminal, takes 0.1 s."""
         cmd = self.var_expand(cmd, depth=1)
         flush()
-        code = subprocess.call(cmd, shell=True, executable=os.environ.get("SHELL"))  # noqa: S602
+        code = subprocess.call(cmd, shell=True, executable=os.environ.get("SHELL"))
         self.user_ns["_exit_code"] = code
         if self.system_raise_on_error and code != 0:
             raise subprocess.CalledProcessError(code, cmd)
@@ -195,7 +195,8 @@ def the_shell(directory: str | None) -> RankShell:
         directory: Where to put its profile; None for a folder that is gone when the process ends.
     """
     if RankShell.initialized():
-        return RankShell.instance()
+        shell: RankShell = RankShell.instance()
+        return shell
     if directory is None:
         directory = tempfile.mkdtemp(prefix="ipython-")
         atexit.register(shutil.rmtree, directory, ignore_errors=True)
@@ -211,7 +212,7 @@ def make(directory: str) -> RankShell:
     config = Config()
     config.HistoryManager.enabled = False  # no thread, no database in the user's home
     main = sys.modules["__main__"]
-    shell = RankShell.instance(config=config, ipython_dir=os.path.join(directory, "ipython"))
+    shell: RankShell = RankShell.instance(config=config, ipython_dir=os.path.join(directory, "ipython"))
     sys.modules["__main__"] = main
     for name in ("ps1", "ps2", "ps3"):  # by these, libraries tell an interactive interpreter
         if hasattr(sys, name):

@@ -52,9 +52,7 @@ class Ladder:
     def of_failure(cls) -> Ladder:
         """A rank has failed: the others can only wait for it."""
         now = time.monotonic() + SETTLE_SECONDS
-        return cls(
-            [(now, Step.TERMINATE), (now + TERM_SECONDS, Step.KILL_RANKS), (now + EXIT_SECONDS, Step.KILL)]
-        )
+        return cls([(now, Step.TERMINATE), (now + TERM_SECONDS, Step.KILL_RANKS), (now + EXIT_SECONDS, Step.KILL)])
 
     @classmethod
     def of_impatience(cls) -> Ladder:

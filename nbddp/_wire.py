@@ -59,31 +59,30 @@ class Inbox:
         self.fds: list[int] = []
         self._buffer = bytearray()
 
-    def receive(self) -> Iterator[Message]:
-        """Read once from the socket and yield the messages that are complete.
+    def receive(self) -> list[Message]:
+        """Read once from the socket and return the messages that are complete.
 
         Never blocks on a non-blocking socket; a connection reset counts as its end.
         """
+        self.idle = False
         try:
             data, fds, _, _ = socket.recv_fds(self.sock, _CHUNK, _MAX_FDS, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
         except BlockingIOError:
             self.idle = True
-            return
+            return []
         except OSError:
             data, fds = b"", []
-        self.idle = False
         self.fds += fds
-        if not data:
-            self.closed = True
-            return
+        self.closed = not data
         self._buffer += data
+        messages = []
         while len(self._buffer) >= _LENGTH.size:
             end = _LENGTH.size + _LENGTH.unpack_from(self._buffer)[0]
             if len(self._buffer) < end:
-                return
-            body = bytes(self._buffer[_LENGTH.size : end])
+                break
+            messages.append(json.loads(bytes(self._buffer[_LENGTH.size : end])))
             del self._buffer[:end]
-            yield json.loads(body)
+        return messages
 
     def close(self) -> None:
         """Close the socket, and the descriptors that nobody took."""

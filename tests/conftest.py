@@ -1,0 +1,147 @@
+"""Fixtures: real kernels, and the check that nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.kernel import Kernel
+
+# Processes that a test has started may take this long to be gone after it.
+_GONE_SECONDS = 8.0
+
+# What torch, multiprocessing and nbddp would leave in a temporary directory.
+_LITTER = ("nbddp-", "torchelastic_", "pytorch-errorfile-", "pymp-", "ipython-")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Give the tests and their kernels a temporary directory and a home for IPython of their own."""
+    root = tmp_path_factory.mktemp("t")
+    temp = root / "tmp"
+    temp.mkdir()
+    patch = pytest.MonkeyPatch()
+    patch.setenv("TMPDIR", str(temp))
+    patch.setenv("IPYTHONDIR", str(root / "ipython"))
+    patch.setenv("JUPYTER_RUNTIME_DIR", str(root / "runtime"))
+    patch.setenv("NBDDP_TEST_RUN", str(os.getpid()))
+    patch.delenv("NBDDP_START_METHOD", raising=False)
+    import tempfile
+
+    tempfile.tempdir = None
+    yield temp
+    patch.undo()
+    tempfile.tempdir = None
+
+
+@pytest.fixture(scope="session")
+def _kernels() -> Iterator[list[Kernel]]:
+    """Every kernel that is still open."""
+    kernels: list[Kernel] = []
+    yield kernels
+    for kernel in kernels:
+        kernel.close()
+
+
+@pytest.fixture(scope="session")
+def _shared_kernel(private_folders: Path, _kernels: list[Kernel]) -> Kernel:
+    kernel = Kernel()
+    _kernels.append(kernel)
+    kernel.ok("%load_ext nbddp")
+    return kernel
+
+
+@pytest.fixture
+def kernel(_shared_kernel: Kernel) -> Iterator[Kernel]:
+    """A kernel with the extension loaded and an otherwise empty namespace; shared, since starting one takes a second."""
+    yield _shared_kernel
+    if _shared_kernel.alive():
+        _shared_kernel.ok("%reset -f\nimport os as _os\n_os.chdir(_os.environ['TMPDIR'])\ndel _os")
+
+
+@pytest.fixture
+def new_kernel(_kernels: list[Kernel]) -> Iterator[Callable[..., Kernel]]:
+    """Start kernels of a test's own; they are closed at its end."""
+    own: list[Kernel] = []
+
+    def start(load: bool = True, **options: object) -> Kernel:
+        kernel = Kernel(**options)  # type: ignore[arg-type]
+        own.append(kernel)
+        _kernels.append(kernel)
+        if load:
+            kernel.ok("%load_ext nbddp")
+        return kernel
+
+    yield start
+    for kernel in own:
+        kernel.close()
+        _kernels.remove(kernel)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest, private_folders: Path, _kernels: list[Kernel]) -> Iterator[None]:
+    """After every test: no process, file, socket or changed environment but those of kernels that are still open."""
+    environment = _environment()
+    yield
+    deadline = time.monotonic() + _GONE_SECONDS
+    while (left := leftovers(private_folders, _kernels)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    if left:
+        # The next test must not suffer for this one.
+        for process in _marked():
+            with contextlib.suppress(psutil.Error):
+                if "nbddp._launcher" not in " ".join(process.cmdline()):
+                    process.send_signal(signal.SIGKILL)
+    assert not left, f"left behind by {request.node.name}:\n" + "\n".join(left)
+    assert _environment() == environment
+
+
+def leftovers(temp: Path, kernels: list[Kernel]) -> list[str]:
+    """Return what is there that should not be, a line each."""
+    left = []
+    open_kernels = {kernel.pid for kernel in kernels if kernel.alive()}
+    for process in _marked():
+        with contextlib.suppress(psutil.Error):
+            command = " ".join(process.cmdline())
+            if "nbddp._launcher" in command and process.ppid() in open_kernels | {os.getpid()}:
+                # An idle launcher has no children, one thread, and no sockets but those to its kernel.
+                left += [f"child of a launcher: {child.pid} {child.name()}" for child in process.children()]
+                left += [f"launcher has {process.num_threads()} threads"] if process.num_threads() != 1 else []
+            else:
+                left.append(f"process {process.pid}: {process.name()} {command[:100]}")
+            left += [f"{process.pid} listens at {c.laddr}" for c in process.net_connections() if c.status == "LISTEN"]
+    live_sessions = tuple(f"nbddp-{pid}-" for pid in open_kernels | {os.getpid()})
+    for folder in (temp, Path("/dev/shm")):  # noqa: S108
+        for path in folder.iterdir():
+            if path.name.startswith(live_sessions):
+                left += [f"{p}" for p in path.iterdir() if p.name.startswith("run-")]
+            elif path.name.startswith(_LITTER) and (folder == temp or path.owner() == _me()):
+                left.append(str(path))
+    return left
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+
+
+def _me() -> str:
+    return Path("/proc/self").owner() if sys.platform == "linux" else ""
+
+
+def _marked() -> list[psutil.Process]:
+    """Return the processes that descend from a launcher of this test run's."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            environ = process.environ()
+            if environ.get("NBDDP_TEST_RUN") == str(os.getpid()) and "NBDDP_SESSION" in environ:
+                found.append(process)
+    return found

@@ -1,0 +1,169 @@
+"""A real Jupyter kernel, driven as a front end drives it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from jupyter_client.manager import KernelManager
+
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass
+class Reply:
+    """What a cell showed.
+
+    Attributes:
+        status: "ok" or "error".
+        outputs: The output messages: (type, content).
+        seconds: From the request to the kernel being idle again.
+    """
+
+    status: str = ""
+    outputs: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def text(self) -> str:
+        """What was printed."""
+        return "".join(content["text"] for kind, content in self.outputs if kind == "stream")
+
+    @property
+    def lines(self) -> list[str]:
+        """What was printed, line by line, in sorted order: ranks print in any."""
+        return sorted(self.text.splitlines())
+
+    @property
+    def stderr(self) -> str:
+        return "".join(c["text"] for kind, c in self.outputs if kind == "stream" and c["name"] == "stderr")
+
+    @property
+    def error(self) -> str:
+        """The name of the exception, or an empty string."""
+        return next((c["ename"] for kind, c in self.outputs if kind == "error"), "")
+
+    @property
+    def message(self) -> str:
+        """The exception's message."""
+        return next((c["evalue"] for kind, c in self.outputs if kind == "error"), "")
+
+    @property
+    def traceback(self) -> str:
+        """The traceback as shown, without its colours."""
+        return next((_ANSI.sub("", "\n".join(c["traceback"])) for kind, c in self.outputs if kind == "error"), "")
+
+    @property
+    def value(self) -> dict[str, Any] | None:
+        """The mime bundle of the cell's value."""
+        return next((c["data"] for kind, c in self.outputs if kind == "execute_result"), None)
+
+    @property
+    def displays(self) -> list[dict[str, Any]]:
+        """The mime bundles that were displayed."""
+        return [c["data"] for kind, c in self.outputs if kind == "display_data"]
+
+
+class Kernel:
+    """A kernel and the one client that talks to it.
+
+    Args:
+        env: Environment variables besides this process's own; None as a value removes one.
+        cwd: Its working directory.
+    """
+
+    def __init__(self, *, env: dict[str, str | None] | None = None, cwd: str | None = None) -> None:
+        self._manager = KernelManager(kernel_name="python3")
+        full = {**os.environ, **(env or {})}
+        self._manager.start_kernel(
+            env={k: v for k, v in full.items() if v is not None}, cwd=cwd or os.environ["TMPDIR"]
+        )
+        self.client = self._manager.blocking_client()
+        self.client.start_channels()
+        self.client.wait_for_ready(timeout=60)
+        pid = self._manager.provisioner.pid
+        assert pid is not None
+        self.pid: int = pid
+
+    def run(self, code: str, *, timeout: float = 60.0) -> Reply:
+        """Run a cell and wait for its end."""
+        reply = Reply()
+
+        def collect(message: dict[str, Any]) -> None:
+            reply.outputs.append((message["msg_type"], message["content"]))
+
+        began = time.perf_counter()
+        answer = self.client.execute_interactive(code, output_hook=collect, timeout=timeout, allow_stdin=False)
+        reply.seconds = time.perf_counter() - began
+        reply.status = answer["content"]["status"]
+        return reply
+
+    def ok(self, code: str, *, timeout: float = 60.0) -> Reply:
+        """Run a cell that must not fail."""
+        reply = self.run(code, timeout=timeout)
+        assert reply.status == "ok", reply.traceback
+        return reply
+
+    def get(self, expression: str) -> Any:
+        """Return the value of an expression, as far as its repr tells it."""
+        import ast
+
+        shown = self.ok(f"print(repr({expression}))").text
+        return ast.literal_eval(shown)
+
+    def interrupt(self) -> None:
+        """Do what the stop button does: SIGINT to the kernel's process group."""
+        os.killpg(os.getpgid(self.pid), signal.SIGINT)
+
+    def run_and(self, code: str, when: str, action: Any, *, timeout: float = 60.0) -> Reply:
+        """Run a cell, and call `action` once its output holds `when`."""
+        reply = Reply()
+        done = threading.Event()
+
+        def collect(message: dict[str, Any]) -> None:
+            reply.outputs.append((message["msg_type"], message["content"]))
+            if not done.is_set() and when in reply.text:
+                done.set()
+                action()
+
+        began = time.perf_counter()
+        answer = self.client.execute_interactive(code, output_hook=collect, timeout=timeout, allow_stdin=False)
+        reply.seconds = time.perf_counter() - began
+        reply.status = answer["content"]["status"]
+        assert done.is_set(), f"{when!r} was never shown; shown was: {reply.text}\n{reply.traceback}"
+        return reply
+
+    def run_and_after(self, code: str, seconds: float, action: Any, *, timeout: float = 60.0) -> Reply:
+        """Run a cell, and call `action` some time after the request."""
+        timer = threading.Timer(seconds, action)
+        timer.start()
+        try:
+            return self.run(code, timeout=timeout)
+        finally:
+            timer.cancel()
+            timer.join()
+
+    def alive(self) -> bool:
+        """Tell whether the process is there."""
+        return bool(self._manager.is_alive())
+
+    def kill(self) -> None:
+        """Kill the kernel's process as the OOM killer would."""
+        os.kill(self.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 10
+        while self.alive() and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        """Shut the kernel down as a server does."""
+        with contextlib.suppress(Exception):
+            self.client.stop_channels()
+        with contextlib.suppress(Exception):
+            self._manager.shutdown_kernel(now=not self.alive())
+        self._manager.cleanup_resources()

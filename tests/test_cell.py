@@ -1,0 +1,101 @@
+"""What a %%ddp cell is and does, in a real kernel."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.kernel import Kernel
+
+
+def test_ranks_run_the_cell_and_say_who_they_are(kernel: Kernel) -> None:
+    reply = kernel.ok("%%ddp --cpus 2\nprint('I am', rank, 'of', world_size, local_rank, device)")
+    assert reply.lines == ["[rank 0] I am 0 of 2 0 cpu", "[rank 1] I am 1 of 2 1 cpu"]
+
+
+def test_cell_sees_variables_functions_classes_and_imports(kernel: Kernel) -> None:
+    kernel.ok(
+        """
+import math
+from collections import OrderedDict
+base = 10
+def double(x):
+    return 2 * x + base
+class Point:
+    def __init__(self, x): self.x = x
+    def norm(self): return math.fabs(self.x)
+p = Point(-3)
+"""
+    )
+    reply = kernel.ok("%%ddp --cpus 1\nprint(double(4), p.norm(), type(p) is Point, list(OrderedDict(a=1)))")
+    assert reply.text == "[rank 0] 18 3.0 True ['a']\n"
+
+
+def test_a_collective_works_without_any_setup(kernel: Kernel) -> None:
+    kernel.ok("import torch, torch.distributed as dist")
+    reply = kernel.ok("%%ddp --cpus 2\nt = torch.ones(2) * (rank + 1)\ndist.all_reduce(t)\nprint(t.tolist())")
+    assert reply.lines == ["[rank 0] [3.0, 3.0]", "[rank 1] [3.0, 3.0]"]
+
+
+def test_ranks_do_not_change_the_notebook(kernel: Kernel) -> None:
+    kernel.ok("x = [1]")
+    kernel.ok("%%ddp --cpus 1\nx.append(2)\ny = 3")
+    assert kernel.get("x") == [1]
+    assert kernel.get("'y' in globals()") is False
+
+
+def test_out_brings_names_back_from_rank_0(kernel: Kernel) -> None:
+    kernel.ok("import torch")
+    kernel.ok("%%ddp --cpus 2 --out a,b -o c\na = torch.arange(3) + rank\nb = {'rank': rank}\nc = [a]")
+    assert kernel.get("(a.tolist(), b, c[0] is a)") == ([0, 1, 2], {"rank": 0}, True)
+
+
+def test_value_of_the_last_expression_is_shown(kernel: Kernel) -> None:
+    reply = kernel.ok("%%ddp --cpus 2\nrank + 41")
+    assert reply.value is not None
+    assert reply.value["text/plain"] == "41"
+    assert reply.text == ""
+
+
+def test_a_semicolon_hides_the_value(kernel: Kernel) -> None:
+    assert kernel.ok("%%ddp --cpus 1\n1 + 1;").value is None
+
+
+@pytest.mark.parametrize("name", ["rank", "device", "world_size", "local_rank"])
+def test_the_notebooks_own_names_win(kernel: Kernel, name: str) -> None:
+    kernel.ok(f"{name} = 'mine'")
+    assert kernel.ok(f"%%ddp --cpus 1\nprint({name})").text == "[rank 0] mine\n"
+
+
+def test_ipython_syntax_works_in_ranks(kernel: Kernel) -> None:
+    kernel.ok("word = 'hi'")
+    reply = kernel.ok(
+        "%%ddp --cpus 1\n"
+        "!echo shell $word {word}\n"
+        "names = !echo captured\n"
+        "print(names[0])\n"
+        "import asyncio\n"
+        "await asyncio.sleep(0)\n"
+        "%time x = 5\n"
+        "print(x)"
+    )
+    assert "[rank 0] shell hi hi" in reply.text
+    assert "[rank 0] captured" in reply.text
+    assert "[rank 0] 5" in reply.text
+
+
+def test_a_cell_magic_inside_the_cell(kernel: Kernel) -> None:
+    kernel.ok("n = 3")
+    assert "[rank 0] 9" in kernel.ok("%%ddp --cpus 1\n%%time\nprint(n * n)").text
+
+
+def test_globals_are_one_namespace(kernel: Kernel) -> None:
+    kernel.ok("counter = 0\ndef bump():\n    global counter\n    counter += 1\n    return helper()")
+    reply = kernel.ok("%%ddp --cpus 1\ndef helper():\n    return 'new'\nprint(bump(), bump(), counter)")
+    assert reply.text == "[rank 0] new new 2\n"
+    assert kernel.get("counter") == 0
+
+
+def test_no_name_of_nbddps_own_is_in_the_way(kernel: Kernel) -> None:
+    kernel.ok("CELL = CLOSURE = SOURCES = 'mine'")
+    reply = kernel.ok("%%ddp --cpus 1\nprint(CELL, CLOSURE, SOURCES, [n for n in dir() if 'nbddp' in n])")
+    assert reply.text == "[rank 0] mine mine mine ['__nbddp__']\n"

@@ -1,0 +1,201 @@
+"""Bad cells and dying ranks: one clear message each, nothing lost, nothing left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from tests.kernel import Kernel
+
+
+def test_a_rank_that_raises_fails_the_cell(kernel: Kernel) -> None:
+    kernel.ok("import torch.distributed as dist")
+    reply = kernel.run("%%ddp --cpus 3\nx = 1\nif rank == 1:\n    raise ValueError('bad shape')\ndist.barrier()")
+    assert reply.error == "RankError"
+    assert reply.message == "rank 1 of 3 raised ValueError: bad shape"
+    assert "----> 4     raise ValueError('bad shape')" in reply.traceback
+    assert "[rank 1]" in reply.traceback
+    assert "_magic.py" not in reply.traceback
+    assert "_rank.py" not in reply.traceback
+    # The others could only wait; how they ended is folded into one line at the end.
+    assert reply.traceback.splitlines()[-1].startswith("rank")
+    assert reply.seconds < 5
+
+
+def test_the_first_failure_is_the_cause(kernel: Kernel) -> None:
+    kernel.ok("import time")
+    reply = kernel.run("%%ddp --cpus 2\ntime.sleep(0.2 * (1 - rank))\nraise RuntimeError(f'mine {rank}')")
+    assert reply.message == "rank 1 of 2 raised RuntimeError: mine 1"
+    assert "rank 0: RuntimeError: mine 0" in reply.traceback
+
+
+def test_the_same_failure_everywhere_is_told_once(kernel: Kernel) -> None:
+    reply = kernel.run("%%ddp --cpus 4\n1 / 0")
+    assert "ZeroDivisionError" in reply.message
+    assert reply.traceback.count("ZeroDivisionError: division by zero") == 2  # in the traceback, and in the message
+    assert ": the same" in reply.traceback
+
+
+def test_an_exception_in_a_notebook_function_shows_its_source(kernel: Kernel) -> None:
+    kernel.ok("def helper(n):\n    # a comment\n    return [][n]")
+    reply = kernel.run("%%ddp --cpus 1\nhelper(3)")
+    assert "----> 3     return [][n]" in reply.traceback
+    assert "----> 2 helper(3)" in reply.traceback
+
+
+def test_a_syntax_error_is_found_before_launch(kernel: Kernel) -> None:
+    reply = kernel.run("%%ddp --cpus 2\nx = 1\ny = = 2")
+    assert reply.error == "SyntaxError"
+    assert "line 3" in reply.message
+    assert "y = = 2" in reply.traceback
+    assert reply.seconds < 0.5
+
+
+def test_sys_exit_with_a_status(kernel: Kernel) -> None:
+    reply = kernel.run("%%ddp --cpus 2\nimport sys, time\nif rank == 1:\n    sys.exit(3)\ntime.sleep(60)")
+    assert reply.error == "RankError"
+    assert reply.message == "rank 1 of 2 exited with status 3 (sys.exit)"
+    assert "rank 0: stopped" in reply.traceback
+    assert reply.seconds < 10
+
+
+def test_sys_exit_without_one_is_an_early_end(kernel: Kernel) -> None:
+    reply = kernel.ok("%%ddp --cpus 2 --out x\nimport sys\nx = 5\nprint('before')\nsys.exit()\nprint('after')")
+    assert reply.lines == ["[rank 0] before", "[rank 1] before"]
+    assert kernel.get("x") == 5
+
+
+@pytest.mark.parametrize(
+    ("code", "how"),
+    [
+        ("os.kill(os.getpid(), 9)", "was killed by signal 9 (SIGKILL)"),
+        ("os.kill(os.getpid(), 15)", "was killed by signal 15 (SIGTERM)"),
+        ("import ctypes; ctypes.string_at(0)", "was killed by signal 11 (SIGSEGV)"),
+        ("os.abort()", "was killed by signal 6 (SIGABRT)"),
+        ("os._exit(7)", "left the process with status 7 before the end of the cell"),
+    ],
+)
+def test_a_rank_that_dies(kernel: Kernel, code: str, how: str) -> None:
+    reply = kernel.run(f"%%ddp --cpus 2\nimport os, time\nif rank == 1:\n    {code}\ntime.sleep(60)")
+    assert reply.error == "RankError"
+    assert reply.message == f"rank 1 of 2 {how}"
+    assert "rank 0: stopped" in reply.traceback
+    assert reply.seconds < 8
+    if "SEGV" in how or "ABRT" in how:
+        assert "rank 1 was on line 4 of the cell" in reply.traceback
+
+
+def test_a_rank_that_leaves_quietly(kernel: Kernel) -> None:
+    reply = kernel.run("%%ddp --cpus 2\nimport os, time\nif rank == 1:\n    os._exit(0)\ntime.sleep(60)")
+    assert reply.error == "RankError"
+    assert "rank 1 of 2 left" in reply.message
+    assert "before the end of the cell" in reply.message
+    assert reply.seconds < 10
+
+
+def test_a_rank_that_ignores_sigterm_does_not_hold_up_the_failure(kernel: Kernel) -> None:
+    reply = kernel.run(
+        "%%ddp --cpus 2\nimport signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "if rank == 1:\n    time.sleep(0.2); raise KeyError('x')\ntime.sleep(60)"
+    )
+    assert reply.message == "rank 1 of 2 raised KeyError: 'x'"
+    assert reply.seconds < 6
+
+
+def test_output_before_a_death_is_not_lost(kernel: Kernel) -> None:
+    reply = kernel.run("%%ddp --cpus 1\nimport os\nprint('last', 'words', end='')\nimport sys; sys.stdout.flush()\nos.kill(os.getpid(), 9)")
+    assert reply.text == "[rank 0] last words\n"
+
+
+def test_a_timeout_says_where_the_ranks_were(kernel: Kernel) -> None:
+    reply = kernel.run("%%ddp --cpus 2 --timeout 1\nimport time\ndef wait():\n    time.sleep(60)\nwait()")
+    assert reply.error == "RunTimeout"
+    assert reply.message == "the run was stopped after --timeout 1 seconds"
+    assert "rank 0: on line 4 of the cell" in reply.traceback
+    assert "rank 1: on line 4 of the cell" in reply.traceback
+    assert 1 <= reply.seconds < 4
+    assert kernel.get("issubclass(__import__('nbddp').RunTimeout, TimeoutError)") is True
+
+
+def test_restarts(kernel: Kernel) -> None:
+    reply = kernel.ok(
+        "%%ddp --cpus 2 --max-restarts 2 --out attempt\nimport os\nattempt = int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
+        "if attempt < 2 and rank == 1:\n    raise OSError('flaky')\nprint('attempt', attempt)"
+    )
+    assert "nbddp: rank 1 failed (OSError: flaky); restart 1 of 2" in reply.text
+    assert "nbddp: rank 1 failed (OSError: flaky); restart 2 of 2" in reply.text
+    assert "[rank 0] attempt 2" in reply.text
+    assert kernel.get("attempt") == 2
+
+
+def test_restarts_after_a_death_run_out(kernel: Kernel) -> None:
+    reply = kernel.run("%%ddp --cpus 2 --max-restarts 1\nimport os, time\nif rank == 0:\n    os.kill(os.getpid(), 9)\ntime.sleep(60)")
+    assert reply.message == "rank 0 of 2 was killed by signal 9 (SIGKILL)"
+    assert "restart 1 of 1" in reply.text
+
+
+def test_a_child_of_a_rank_does_not_outlive_the_run(kernel: Kernel) -> None:
+    kernel.ok(
+        "%%ddp --cpus 1\nimport subprocess, os\n"
+        "subprocess.Popen(['sleep', '1000'])\n"
+        "subprocess.Popen(['sleep', '1001'], start_new_session=True)\n"
+        "if os.fork() == 0:\n    os.setsid()\n    import time; time.sleep(1000)\n"
+    )
+
+
+def test_data_loader_workers_of_a_killed_rank_are_gone(kernel: Kernel) -> None:
+    kernel.ok("import torch, os\nclass Data(torch.utils.data.Dataset):\n    def __len__(self): return 1000\n    def __getitem__(self, i): return i")
+    reply = kernel.run(
+        "%%ddp --cpus 2\nfor n, batch in enumerate(torch.utils.data.DataLoader(Data(), num_workers=2)):\n"
+        "    if rank == 0 and n == 5:\n        os.kill(os.getpid(), 9)"
+    )
+    assert reply.message == "rank 0 of 2 was killed by signal 9 (SIGKILL)"
+
+
+def _session_processes(kernel: Kernel) -> list[psutil.Process]:
+    return psutil.Process(kernel.pid).children(recursive=True)
+
+
+HANG = (
+    "%%ddp --cpus 2\nimport subprocess, time\nsubprocess.Popen(['sleep', '1000'])\n"
+    "subprocess.Popen(['sleep', '1001'], start_new_session=True)\nprint('up', flush=True)\ntime.sleep(1000)"
+)
+
+
+def test_a_killed_kernel_takes_everything_with_it(new_kernel: Callable[..., Kernel]) -> None:
+    kernel = new_kernel()
+    kernel.client.execute(HANG)
+    deadline = time.monotonic() + 30
+    while sum(p.name() == "sleep" for p in _session_processes(kernel)) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    processes = _session_processes(kernel)
+    kernel.kill()
+    _, alive = psutil.wait_procs(processes, timeout=3)
+    assert not alive
+
+
+@pytest.mark.parametrize("victim", ["launcher", "agent"])
+def test_a_killed_helper_ends_the_run_and_the_next_one_works(new_kernel: Callable[..., Kernel], victim: str) -> None:
+    kernel = new_kernel()
+
+    def kill() -> None:
+        launcher = next(p for p in psutil.Process(kernel.pid).children() if "nbddp" in " ".join(p.cmdline()))
+        target = launcher if victim == "launcher" else launcher.children()[0]
+        os.kill(target.pid, signal.SIGKILL)
+
+    reply = kernel.run_and(HANG, "up", kill)
+    assert reply.error == "LaunchError"
+    assert victim in reply.message
+    assert kernel.ok("%%ddp --cpus 2\nprint('again')").lines == ["[rank 0] again", "[rank 1] again"]
+
+
+def test_a_failed_run_assigns_nothing(kernel: Kernel) -> None:
+    kernel.ok("x = 'old'")
+    kernel.run("%%ddp --cpus 2 --out x\nx = 'new'\nif rank == 1:\n    raise ValueError")
+    assert kernel.get("x") == "old"

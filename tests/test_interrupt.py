@@ -1,0 +1,108 @@
+"""The stop button, at every stage."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+
+from tests.kernel import Kernel
+
+
+def test_while_running_ranks_clean_up_and_say_where_they_were(kernel: Kernel) -> None:
+    kernel.ok("import torch, torch.distributed as dist")
+    reply = kernel.run_and(
+        "%%ddp --cpus 2\nimport time\nprint('up')\ntry:\n    time.sleep(60)\nfinally:\n    print('cleaned')",
+        "[rank 1] up",
+        kernel.interrupt,
+    )
+    assert reply.error == "KeyboardInterrupt"
+    assert "[rank 0] cleaned" in reply.text
+    assert "[rank 1] cleaned" in reply.text
+    assert "rank 0: on line 5 of the cell" in reply.traceback
+    assert "rank 1: on line 5 of the cell" in reply.traceback
+    assert reply.seconds < 4
+
+
+def test_inside_a_hung_collective(kernel: Kernel) -> None:
+    kernel.ok("import torch, torch.distributed as dist\n%config DDPMagics.grace = 1")
+    reply = kernel.run_and(
+        "%%ddp --cpus 2\nimport time\nprint('up')\nif rank == 0:\n    dist.barrier()\nelse:\n"
+        "    while True:\n        try:\n            time.sleep(60)\n        except KeyboardInterrupt:\n            pass",
+        "[rank 1] up",
+        lambda: (time.sleep(0.3), kernel.interrupt()),
+    )
+    kernel.ok("%config DDPMagics.grace = 5")
+    assert reply.error == "KeyboardInterrupt"
+    assert "rank 0: on line 5 of the cell, in barrier" in reply.traceback
+    assert "did not end" in reply.text + reply.traceback
+    assert reply.seconds < 6
+
+
+def test_a_second_press_does_not_wait(kernel: Kernel) -> None:
+    def twice() -> None:
+        kernel.interrupt()
+        time.sleep(0.3)
+        kernel.interrupt()
+
+    reply = kernel.run_and(
+        "%%ddp --cpus 2\nimport time, signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('up')\ntime.sleep(60)",
+        "[rank 1] up",
+        twice,
+    )
+    assert reply.error == "KeyboardInterrupt"
+    assert reply.seconds < 3
+
+
+def test_while_capturing(kernel: Kernel) -> None:
+    kernel.ok("import time\nclass Slow:\n    def __reduce__(self):\n        time.sleep(30)\n        return str, ()\nslow = Slow()")
+    reply = kernel.run_and_after("%%ddp --cpus 2\nprint(slow)", 0.5, kernel.interrupt)
+    assert reply.error == "KeyboardInterrupt"
+    assert reply.seconds < 3
+
+
+def test_while_the_launcher_starts(new_kernel: Callable[..., Kernel]) -> None:
+    kernel = new_kernel(load=False)
+    reply = kernel.run_and_after("%load_ext nbddp\nget_ipython().run_cell_magic('ddp', '--cpus 2', 'print(1)')", 0.4, kernel.interrupt)
+    assert reply.error == "KeyboardInterrupt"
+    assert reply.seconds < 3
+    assert kernel.ok("%%ddp --cpus 2\nprint('fine')").lines == ["[rank 0] fine", "[rank 1] fine"]
+
+
+@pytest.mark.parametrize("delay", [0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.13])
+def test_while_launching(kernel: Kernel, delay: float) -> None:
+    reply = kernel.run_and_after("%%ddp --cpus 2\nimport time\ntime.sleep(60)", delay, kernel.interrupt)
+    assert reply.error == "KeyboardInterrupt"
+    assert reply.seconds < 4
+
+
+def test_while_returning(kernel: Kernel) -> None:
+    kernel.ok(
+        "import time, os\nkernel_pid = os.getpid()\nclass Slow:\n    def __setstate__(self, state):\n"
+        "        if os.getpid() == state['pid']:\n            time.sleep(30)\n"
+        "    def __getstate__(self):\n        return {'pid': kernel_pid}\nslow = other = 'old'"
+    )
+    reply = kernel.run_and_after("%%ddp --cpus 2 --out other,slow\nother = 'new'\nslow = Slow()", 1.0, kernel.interrupt)
+    assert reply.error == "KeyboardInterrupt"
+    assert reply.seconds < 4
+    assert kernel.get("(slow, other)") == ("old", "old")
+
+
+def test_the_handler_is_as_before(kernel: Kernel) -> None:
+    kernel.ok("import signal\nbefore = signal.getsignal(signal.SIGINT)")
+    kernel.ok("%%ddp --cpus 1\npass")
+    assert kernel.get("signal.getsignal(signal.SIGINT) == before") is True
+
+
+def test_interrupting_the_idle_kernel_does_no_harm(kernel: Kernel) -> None:
+    kernel.interrupt()
+    time.sleep(0.2)
+    assert kernel.ok("%%ddp --cpus 1\nprint('fine')").text == "[rank 0] fine\n"
+
+
+def test_a_shell_command_in_a_rank_is_interrupted_too(kernel: Kernel) -> None:
+    reply = kernel.run_and("%%ddp --cpus 1\nprint('up')\n!sleep 60\nprint('not reached')", "up", kernel.interrupt)
+    assert reply.error == "KeyboardInterrupt"
+    assert "not reached" not in reply.text
+    assert reply.seconds < 4
