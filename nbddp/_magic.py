@@ -187,6 +187,13 @@ def _complete(shell: Any, event: Any) -> Sequence[str]:
     return [name for name in option_names() if name.startswith(event.symbol)] if event.symbol.startswith("-") else ()
 
 
+def _keep_empty_body(lines: list[str]) -> list[str]:
+    """Give a %%ddp cell without a body an empty line, so that IPython runs it: ``%%ddp -h`` is all that one types."""
+    if lines and lines[0].startswith("%%ddp") and not "".join(lines[1:]).strip():
+        return [lines[0].rstrip("\n") + "\n", "\n"]
+    return lines
+
+
 def load(shell: Any) -> None:
     """Register the magics with a shell and start the launcher.
 
@@ -196,6 +203,7 @@ def load(shell: Any) -> None:
     if sys.platform == "win32":
         raise LaunchError("nbddp needs Linux or macOS; on Windows, use it inside WSL")
     shell.register_magics(DDPMagics)
+    shell.input_transformers_cleanup.insert(0, _keep_empty_body)
     with contextlib.suppress(NbddpError):  # a full disk must not fail the import cell; the first run will say it
         client.start()
 
@@ -208,4 +216,6 @@ def unload(shell: Any) -> None:
     magics = manager.registry.pop(DDPMagics.__name__, None)
     if magics is not None and magics in shell.configurables:
         shell.configurables.remove(magics)
+    with contextlib.suppress(ValueError):
+        shell.input_transformers_cleanup.remove(_keep_empty_body)
     client.close()

@@ -17,6 +17,12 @@ from collections.abc import Callable, Iterable, Iterator
 _LOADS = frozenset({"LOAD_NAME", "LOAD_GLOBAL", "LOAD_FROM_DICT_OR_GLOBALS", "DELETE_NAME", "DELETE_GLOBAL"})
 _STORES = frozenset({"STORE_NAME", "STORE_GLOBAL"})
 
+# What every module has of its own: not the notebook's to give.
+MODULES_OWN = frozenset(
+    {"__annotations__", "__builtin__", "__builtins__", "__cached__", "__doc__", "__file__", "__loader__", "__name__"}
+    | {"__package__", "__spec__"}
+)
+
 # Magics whose argument is Python code.
 _CODE_MAGICS = frozenset({"time", "timeit", "prun", "lprun", "mprun", "memit", "pdb", "debug", "capture", "mprof"})
 
@@ -88,7 +94,7 @@ class Uses:
                 return self._block(stmt.finalbody, bound) | inside
             case ast.Match():
                 # Alone, its `break` would be a syntax error.
-                self._simple(ast.copy_location(ast.While(ast.Constant(True), [stmt], []), stmt), bound)
+                self._simple(ast.fix_missing_locations(ast.While(ast.Constant(True), [stmt], [])), bound)
                 return bound
             case ast.Break() | ast.Continue() | ast.Pass():
                 return bound
@@ -131,7 +137,7 @@ class Uses:
             elif name in _DYNAMIC:
                 self.dynamic = True
             # A statement's own code runs in order; what is nested in it may run before the statement has stored.
-            if not stores and name not in bound and not (depth == 0 and name in stored):
+            if not stores and name not in MODULES_OWN and name not in bound and not (depth == 0 and name in stored):
                 lines = self.taken.setdefault(name, [])
                 if line not in lines:
                     lines.append(line)

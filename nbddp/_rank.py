@@ -34,6 +34,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nbddp import _process, _repair, _settings, _wire
+from nbddp._names import MODULES_OWN
 from nbddp._paths import RunDir
 from nbddp._pickling import Pickler, Target, load, load_file
 
@@ -184,10 +185,13 @@ def restore(
             device = _enter(**arguments)
         _show_sources(sources)
         target = _state.target = Target(namespace, namespace, device=device)
+        # A function that uses __name__ brings the notebook's along, and in a spawned worker that would be wrong.
+        own = {name: namespace[name] for name in MODULES_OWN if name in namespace}
         if isinstance(closure, bytes):
             load(memoryview(bytearray(base64.b85decode(closure))), target)
         else:
             load_file(os.path.join(os.path.dirname(namespace["__file__"]), closure), target)
+        namespace.update(own)
         if in_rank:
             namespace.update(_given_names(arguments["define"], device))
         _complete("names restored")

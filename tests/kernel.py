@@ -114,7 +114,7 @@ class Kernel:
         """Return the value of an expression, as far as its repr tells it."""
         import ast
 
-        shown = self.ok(f"print(repr({expression}))").text
+        shown = self.ok(f"print(repr(({expression})))").text
         return ast.literal_eval(shown)
 
     def interrupt(self) -> None:

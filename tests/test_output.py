@@ -1,0 +1,133 @@
+"""What ranks print and display, as the notebook shows it."""
+
+from __future__ import annotations
+
+import pytest
+
+from nbddp._relay import HEAD_LIMIT
+from tests.kernel import Kernel
+
+
+def test_both_streams_and_child_processes_are_heard_in_order(kernel: Kernel) -> None:
+    reply = kernel.ok(
+        "%%ddp --cpus 1\nimport sys, os, subprocess\nprint('1 out')\nprint('2 err', file=sys.stderr)\n"
+        "sys.stdout.flush(); os.write(1, b'3 raw\\n')\nsubprocess.run(['echo', '4 child'])\n"
+        "import ctypes\nlibc = ctypes.CDLL(None)\nlibc.puts(b'5 C')\n"
+    )
+    assert reply.text.splitlines() == [f"[rank 0] {text}" for text in ("1 out", "2 err", "3 raw", "4 child", "5 C")]
+    assert reply.stderr == ""
+
+
+def test_output_is_live(kernel: Kernel) -> None:
+    seen: list[float] = []
+    import time
+
+    began = time.monotonic()
+    kernel.run_and(
+        "%%ddp --cpus 1\nimport time\nprint('early')\ntime.sleep(2)", "early", lambda: seen.append(time.monotonic() - began)
+    )
+    assert seen[0] < 1.5
+
+
+def test_a_million_lines(kernel: Kernel) -> None:
+    reply = kernel.ok("%%ddp --cpus 2\nif rank == 0:\n    for i in range(1_000_000):\n        print('line', i)\nelse:\n    print('quiet')")
+    lines = reply.text.splitlines()
+    assert lines[:1] in (["[rank 0] line 0"], ["[rank 1] quiet"])
+    assert "[rank 1] quiet" in lines
+    assert "[rank 0] line 999999" in lines
+    notice = next(line for line in lines if line.startswith("nbddp:") and "left out" in line)
+    assert "of rank 0 are left out here; %ddp log 0 has them all" in notice
+    shown = sum(line.startswith("[rank 0]") for line in lines)
+    hidden = int(notice.split()[1].replace(",", ""))
+    assert shown + hidden == 1_000_000
+    assert len(reply.text) < 2 * HEAD_LIMIT
+    assert kernel.ok("%ddp log 1").text == "quiet\n"
+    kernel.ok("with open(__import__('nbddp')._function.client.session.logs + '/rank0.log') as f: log = f.read()")
+    assert kernel.get("log.count('\\n'), log[:7], log[-12:]") == (1_000_000, "line 0\n", "line 999999\n")
+
+
+def test_invalid_utf8_and_no_final_newline(kernel: Kernel) -> None:
+    reply = kernel.ok("%%ddp --cpus 1\nimport os\nos.write(1, b'caf\\xc3\\xa9 \\xff\\xfe end')")
+    assert reply.text == "[rank 0] café \ufffd\ufffd end\n"
+
+
+def test_a_character_split_between_writes(kernel: Kernel) -> None:
+    reply = kernel.ok("%%ddp --cpus 1\nimport os, time\nos.write(1, b'caf\\xc3')\ntime.sleep(0.3)\nos.write(1, b'\\xa9 ok\\n')")
+    assert reply.text == "[rank 0] café ok\n"
+
+
+def test_a_lone_surrogate_can_be_printed(kernel: Kernel) -> None:
+    assert kernel.ok("%%ddp --cpus 1\nprint('\\ud800 x')").text == "[rank 0] \\ud800 x\n"
+
+
+def test_of_a_progress_bar_the_last_state_remains(kernel: Kernel) -> None:
+    reply = kernel.ok(
+        "%%ddp --cpus 2\nimport sys\nfor i in range(101):\n    sys.stderr.write(f'\\r{i:3}% |{\"#\" * (i // 10):10}|')\n"
+        "sys.stderr.write('\\n')"
+    )
+    assert reply.lines == ["[rank 0] 100% |##########|", "[rank 1] 100% |##########|"]
+
+
+def test_displays_keep_their_place(kernel: Kernel) -> None:
+    reply = kernel.ok(
+        "%%ddp --cpus 1\nfrom IPython.display import display, HTML\nprint('before')\ndisplay(HTML('<b>one</b>'))\n"
+        "print('between', end='')\ndisplay(HTML('<b>two</b>'))\nprint('after')"
+    )
+    shown = [c.get("text") or c["data"]["text/html"] for k, c in reply.outputs if k in ("stream", "display_data")]
+    assert shown == ["[rank 0] before\n", "<b>one</b>", "[rank 0] between\n", "<b>two</b>", "[rank 0] after\n"]
+
+
+def test_displays_of_several_ranks_say_whose_they_are(kernel: Kernel) -> None:
+    reply = kernel.ok("%%ddp --cpus 2\nfrom IPython.display import display, HTML\ndisplay(HTML(f'<b>{rank}</b>'))\ndisplay({'r': rank})")
+    assert sorted(bundle["text/html"] for bundle in reply.displays) == ["<b>0</b>", "<b>1</b>"]
+    assert "[rank 0] {'r': 0}" in reply.lines
+    assert "[rank 1] <IPython.core.display.HTML object>" in reply.lines
+
+
+def test_updating_a_display(kernel: Kernel) -> None:
+    reply = kernel.ok(
+        "%%ddp --cpus 1\nfrom IPython.display import display, HTML\nh = display(HTML('a'), display_id=True)\nh.update(HTML('b'))"
+    )
+    kinds = [(kind, c["data"]["text/html"]) for kind, c in reply.outputs if "display_data" in kind]
+    assert kinds == [("display_data", "a"), ("update_display_data", "b")]
+
+
+def test_plots(kernel: Kernel) -> None:
+    reply = kernel.ok("%%ddp --cpus 1\nimport matplotlib.pyplot as plt\nplt.plot([1, 2, 3])\nplt.show()\nprint('done')")
+    assert len(reply.displays) == 1
+    assert reply.displays[0]["image/png"].startswith("iVBOR")
+    assert reply.text == "[rank 0] done\n"
+
+
+def test_a_figure_left_open_is_shown_at_the_end(kernel: Kernel) -> None:
+    reply = kernel.ok("%%ddp --cpus 1\n%matplotlib inline\nimport matplotlib.pyplot as plt\nplt.plot([1, 2]);")
+    assert len(reply.displays) == 1
+
+
+def test_capture_magic_takes_the_output(kernel: Kernel) -> None:
+    kernel.ok("%%capture caught\nget_ipython().run_cell_magic('ddp', '--cpus 1', 'print(5)')")
+    assert kernel.get("caught.stdout") == "[rank 0] 5\n"
+
+
+def test_exit_handlers_are_run_and_heard(kernel: Kernel) -> None:
+    reply = kernel.ok(
+        "%%ddp --cpus 1\nimport atexit, threading, time\natexit.register(print, 'handler')\n"
+        "threading.Thread(target=lambda: (time.sleep(0.3), print('thread'))).start()\nprint('cell')"
+    )
+    assert reply.text.splitlines() == ["[rank 0] cell", "[rank 0] thread", "[rank 0] handler"]
+
+
+def test_descriptors_closed_by_the_cell_do_not_hang_it(kernel: Kernel) -> None:
+    reply = kernel.ok("%%ddp --cpus 1\nimport os, sys\nprint('seen')\nsys.stdout.flush()\nos.close(1)\nos.close(2)", timeout=20)
+    assert reply.text == "[rank 0] seen\n"
+
+
+def test_logs_of_ranks_that_were_not_there(kernel: Kernel) -> None:
+    kernel.ok("%%ddp --cpus 1\nprint(1)")
+    assert "the last run had ranks 0 to 0" in kernel.run("%ddp log 4").message
+
+
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_input_is_at_its_end(kernel: Kernel, stream: str) -> None:
+    reply = kernel.run("%%ddp --cpus 1\ninput()")
+    assert "EOFError" in reply.message
