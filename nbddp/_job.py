@@ -135,6 +135,8 @@ def _attempt(job: Job, client: _client.Client, screen: Screen, gate: InterruptGa
         ending = _launch(job, client, screen, gate, method, devices, env, run_dir)
         with gate.open():
             results = _results(job, ending, snapshot)
+        for note in (ending.ranks[0].outcome or {}).get("notes", ()):
+            screen.write(note + "\n")
         times |= ending.times | {"results loaded": time.monotonic()}
         return Finished(results, ending.value, times)
     finally:

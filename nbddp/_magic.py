@@ -70,7 +70,7 @@ class DDPMagics(Magics):
         try:
             options = parse(line)
         except HelpAsked as asked:
-            sys.stdout.write(f"{asked}\n")
+            sys.stdout.write(str(asked))
             return None
         except OptionError as error:
             raise UsageError(str(error)) from None

@@ -59,7 +59,7 @@ class Snapshot:
         buffers: Out-of-band buffers in the order of the stream; they still share memory with the objects.
         met: Classes and functions that went by value, in the order in which they were met.
         sources: File names of the code objects that went by value.
-        notes: What the reader should know about how something was sent, a sentence each.
+        notes: What the user should know about how something was sent, a line each.
         keep: What must not be freed while `buffers` are read.
     """
 
@@ -294,7 +294,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
                 self.met.append(obj)
             return reduced
         if self._wrapper is not None and issubclass(kind, self._wrapper):
-            self._notes.append(f"{kind.__name__} unwrapped: its .module was sent; wrap it again where it is used")
+            self._notes.append(f"nbddp: {kind.__name__} unwrapped: its .module was sent; wrap it again where it is used")
             return _identity, (obj.module,)
         return NotImplemented
 

@@ -93,7 +93,7 @@ def test_a_fault_is_one_line_in_the_notebook(kernel: Kernel, line: str) -> None:
 @pytest.mark.parametrize("cell", ["%%ddp -h", "%%ddp --help\nprint(1)", "%ddp --help"])
 def test_help_in_the_notebook(kernel: Kernel, cell: str) -> None:
     text = kernel.ok(cell).text
-    assert "%%ddp -h" in text
+    assert "%%ddp" in text
     if cell.startswith("%%"):
         assert "--max-restarts N" in text
         assert "examples:" in text
