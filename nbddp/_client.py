@@ -39,11 +39,14 @@ class Client:
         self._control: socket.socket | None = None
         self._started_with: dict[str, str] = {}
 
-    def start(self, env: Mapping[str, str] | None = None) -> None:
+    def start(self, env: Mapping[str, str] | None = None) -> list[str]:
         """Start the launcher in the background, unless one is there that suits `env`.
 
         Args:
             env: The environment that ranks will have; this process's own by default.
+
+        Returns:
+            The variables for whose sake a launcher that was there is replaced.
 
         Raises:
             LaunchError: It cannot be started.
@@ -52,8 +55,11 @@ class Client:
         with self._lock:
             self._disown_parents()
             wanted = _settings.read_at_load(env)
-            if self._process is not None and self._process.poll() is None and wanted == self._started_with:
-                return
+            changed = []
+            if self._process is not None and self._process.poll() is None:
+                if wanted == self._started_with:
+                    return []
+                changed = sorted({name for name, _ in wanted.items() ^ self._started_with.items()})
             self._stop_launcher()
             session = self.session
             ours, theirs = socket.socketpair()
@@ -80,6 +86,7 @@ class Client:
                 raise LaunchError(f"cannot start the launcher: {error}") from error
             self._control = ours
             self._started_with = wanted
+            return changed
 
     @property
     def session(self) -> Session:

@@ -116,10 +116,13 @@ def _start_method(client: _client.Client) -> str:
 
 def _attempt(job: Job, client: _client.Client, screen: Screen, gate: InterruptGate, method: str) -> Finished:
     times = {"began": time.monotonic()}
+    env = {**os.environ, **job.options.env}
+    # First, so that it imports while this process pickles.
+    if changed := client.start(env):
+        screen.write(f"nbddp: {', '.join(changed)} changed, which torch reads when it loads; loading it anew\n")
     with gate.open():
         snapshot = _closure.capture(job.names, job.namespace, job.lines)
     times["captured"] = time.monotonic()
-    env = {**os.environ, **job.options.env}
     devices = _devices.choose(job.options, env, lambda: _count_gpus(client, env, gate))
     env = _devices.environment(os.environ, job.options, devices)
     for note in (devices.note, *snapshot.notes):
@@ -285,6 +288,7 @@ def _launch(
             launcher=client.last_words() if run.launcher_died else None,
         )
     finally:
+        client.session.keep_logs(logs)
         server.close()
         # Without a word before it, this ends the run.
         channel.close()

@@ -147,11 +147,14 @@ class Session:
         return self._logs
 
     def new_logs(self) -> str:
-        """Return a fresh directory for the ranks' logs; the last run's are deleted."""
-        if self._logs is not None:
-            shutil.rmtree(self._logs, ignore_errors=True)
-        self._logs = tempfile.mkdtemp(prefix="logs-", dir=self.root)
-        return self._logs
+        """Return a fresh directory for the logs of a run that begins."""
+        return tempfile.mkdtemp(prefix="logs-", dir=self.root)
+
+    def keep_logs(self, logs: str) -> None:
+        """Keep the logs of a run that has ended; those of the one before are deleted."""
+        old, self._logs = self._logs, logs
+        if old is not None:
+            shutil.rmtree(old, ignore_errors=True)
 
     def close(self) -> None:
         """Delete the directory and give up the lock."""

@@ -255,9 +255,10 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
         torch = sys.modules.get("torch")
         # Present but half imported, in another thread, is as good as absent: nothing can have made a tensor yet.
         if torch is not None and hasattr(torch, "UntypedStorage"):
-            self._storages: dict[int, Any] = {}
-            self._reducers[torch.UntypedStorage] = self._reduce_storage
+            self._storages: dict[int, _Storage] = {}
+            self._reducers[_Storage] = self._reduce_storage
             self._reducers[torch.storage.TypedStorage] = self._reduce_typed_storage
+            self._reducers[torch.UntypedStorage] = self._reduce_untyped_storage
             self._reducers[torch.device] = self._reduce_device
             parallel = sys.modules.get("torch.nn.parallel")
             self._wrapper = getattr(parallel, "DistributedDataParallel", None)
@@ -305,22 +306,36 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
         make, args = cloudpickle.Pickler.dispatch_table[types.CodeType](code)
         return _make_code, (make, args, code.co_filename)
 
-    def _reduce_storage(self, storage: Any) -> Any:
-        kind = storage.device.type
-        if storage.nbytes() == 0:
+    def _reduce_typed_storage(self, storage: Any) -> Any:
+        return _make_typed_storage, (self._the_storage(storage._untyped_storage), storage.dtype)
+
+    def _reduce_untyped_storage(self, storage: Any) -> Any:
+        # Tensors of dtypes that have no storage class of their own are pickled with this, and rebuilt from what
+        # torch.load makes of it: bytes, typed.
+        return _make_typed_storage, (self._the_storage(storage), sys.modules["torch"].uint8)
+
+    def _the_storage(self, untyped: Any) -> _Storage:
+        """Return one and the same object for one and the same memory, so that the pickler's memo knows it again."""
+        return self._storages.setdefault(untyped._cdata, _Storage(untyped))
+
+    def _reduce_storage(self, storage: _Storage) -> Any:
+        untyped = storage.untyped
+        kind = untyped.device.type
+        if untyped.nbytes() == 0:
             return _make_storage, (None, kind)
-        on_cpu = storage if kind == "cpu" else storage.cpu()
+        on_cpu = untyped if kind == "cpu" else untyped.cpu()
         self._keep.append(on_cpu)
         return _make_storage, (pickle.PickleBuffer(_view(on_cpu)), kind)
 
-    def _reduce_typed_storage(self, storage: Any) -> Any:
-        # Each tensor that is pickled brings a new wrapper of its storage; the pickler's memo, which knows objects by
-        # identity, needs one and the same object to see that two tensors share memory.
-        untyped = storage._untyped_storage
-        return _make_typed_storage, (self._storages.setdefault(untyped._cdata, untyped), storage.dtype)
-
     def _reduce_device(self, device: Any) -> Any:
         return _make_device, (device.type, device.index)
+
+
+class _Storage:
+    """Stands for the memory of tensors in a pickle stream."""
+
+    def __init__(self, untyped: Any) -> None:
+        self.untyped = untyped
 
 
 def _view(storage: Any) -> memoryview:

@@ -25,6 +25,7 @@ import fcntl
 import io
 import linecache
 import os
+import re
 import signal
 import sys
 import threading
@@ -41,6 +42,8 @@ from nbddp._pickling import Pickler, Target, load, load_file
 # The signal on which a rank writes its Python stack to a file, also while it hangs inside a collective. A real-time
 # signal: SIGUSR1 and SIGUSR2 are the user's.
 STACK_SIGNAL = getattr(signal, "SIGRTMIN", 23) + 7  # 30 is SIGUSR1 on macOS, which has no others
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 _PIPE_SIZE = 1 << 20
 _F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", None)
@@ -364,7 +367,8 @@ def _leave(outcome: dict[str, Any]) -> None:
             # At once: a thread that never ends must not keep a failure from being seen.
             notebook.report(**outcome)
         elif failed:
-            print("\n".join(outcome.get("lines", ())), file=sys.stderr)  # noqa: T201
+            text = "\n".join(outcome.get("lines", ()))
+            print(text if sys.stderr.isatty() else _COLOUR.sub("", text), file=sys.stderr)  # noqa: T201
         _end_as_a_script()
         _complete("results and exit handlers")
         if notebook is not None and not failed:

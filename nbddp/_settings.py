@@ -32,8 +32,12 @@ _READ_AT_LOAD = (
     "OPENBLAS", "GOTO", "NPY_", "NUMPY", "LD_", "PYTHON", "TRITON", "MALLOC_", "LOGLEVEL",
 )  # fmt: skip
 
-# Of those, the ones that are read later than that, or that a forked rank puts right itself.
-_READ_LATER = (*THREAD_LIMITS, "TORCH_NCCL_", "TORCH_DISTRIBUTED_DEBUG", "TORCHELASTIC_", "TORCH_ELASTIC_")
+# Of those, the ones that are read later than that, that a forked rank puts right itself, or that libraries set in the
+# notebook's process on their own (torch at the first optimizer, scikit-learn when it is imported).
+_READ_LATER = (
+    *THREAD_LIMITS, "TORCH_NCCL_", "TORCH_DISTRIBUTED_DEBUG", "TORCHELASTIC_", "TORCH_ELASTIC_", "TORCH_HOME",
+    "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_HOME", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK",
+)  # fmt: skip
 
 
 def read_at_load(env: Mapping[str, str]) -> dict[str, str]:

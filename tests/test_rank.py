@@ -88,7 +88,10 @@ def test_a_variable_that_torch_reads_when_it_loads_takes_effect(kernel: Kernel) 
     kernel.ok("import os, nbddp._function as f\nbefore = f.client._process.pid\nimport torch")
     reply = kernel.ok("%%ddp --cpus 1 --env TORCH_SHOW_CPP_STACKTRACES=1 --env PYTHONHASHSEED=7\nimport os\nprint(hash('x'), os.environ['PYTHONHASHSEED'])")
     bare = subprocess.run([sys.executable, "-c", "print(hash('x'), 7)"], env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True)
-    assert reply.text == f"[rank 0] {bare.stdout}"
+    assert reply.text == (
+        "nbddp: PYTHONHASHSEED, TORCH_SHOW_CPP_STACKTRACES changed, which torch reads when it loads; loading it anew\n"
+        f"[rank 0] {bare.stdout}"
+    )
     kernel.ok("%%ddp --cpus 1 --env HARMLESS=1\npass")
     assert kernel.get("f.client._process.pid != before") is True
 

@@ -1,0 +1,79 @@
+"""Which devices a run gets."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from nbddp._devices import Devices, choose, environment
+from nbddp._errors import LaunchError
+from nbddp._options import Options
+from tests.kernel import Kernel
+
+
+@pytest.mark.parametrize(
+    ("options", "env", "there", "expected"),
+    [
+        (Options(), {}, 8, Devices(8, gpus=True)),
+        (Options(gpus=2), {}, 8, Devices(2, gpus=True)),
+        (Options(gpu_ids=(4, 5)), {}, 8, Devices(2, gpus=True, visible="4,5")),
+        (Options(gpu_ids=(0, 2)), {"CUDA_VISIBLE_DEVICES": "4,5,6"}, 3, Devices(2, gpus=True, visible="4,6")),
+        (Options(gpu_ids=(1,)), {"CUDA_VISIBLE_DEVICES": "GPU-aa,GPU-bb"}, 2, Devices(1, gpus=True, visible="GPU-bb")),
+        (Options(cpus=3), {}, 8, Devices(3, gpus=False)),
+    ],
+)
+def test_choices(options: Options, env: dict[str, str], there: int, expected: Devices) -> None:
+    assert choose(options, env, lambda: there) == expected
+
+
+def test_without_gpus_the_same_cell_runs_on_the_cpu_and_says_so() -> None:
+    devices = choose(Options(gpus=2), {}, lambda: 0)
+    assert (devices.ranks, devices.gpus) == (2, False)
+    assert devices.note == "nbddp: there is no GPU here; 2 ranks on the CPU, over gloo"
+
+
+@pytest.mark.parametrize(
+    ("options", "there", "message"),
+    [
+        (Options(gpus=4), 2, "--gpus 4: there are 2 GPUs here. Ask for --gpus 2, or for --cpus 4 to run on the CPU"),
+        (Options(gpus=2), 1, "--gpus 2: there is 1 GPU here."),
+        (Options(gpu_ids=(0, 4)), 2, "--gpu-ids 0,4: there are 2 GPUs here, numbered from 0"),
+        (Options(gpu_ids=(0, 1)), 0, "--gpu-ids 0,1: there is no GPU here. --cpus 2 runs on the CPU"),
+        (Options(), 0, "there is no GPU here, so say how many ranks to run on the CPU, as in %%ddp --cpus 2"),
+    ],
+)
+def test_what_is_not_there_is_said(options: Options, there: int, message: str) -> None:
+    with pytest.raises(LaunchError) as caught:
+        choose(options, {}, lambda: there)
+    assert str(caught.value).startswith(message)
+
+
+def test_cpu_ranks_do_not_look_for_gpus() -> None:
+    def look() -> int:
+        raise AssertionError
+
+    assert choose(Options(cpus=2), {}, look).ranks == 2
+
+
+def test_the_environment_is_completed_not_overruled() -> None:
+    cores = len(os.sched_getaffinity(0))
+    env = environment({}, Options(), Devices(2, gpus=False))
+    assert env["OMP_NUM_THREADS"] == str(max(1, cores // 2))
+    assert env["GLOO_SOCKET_IFNAME"] == env["NCCL_SOCKET_IFNAME"] == "lo"
+    given = {"OMP_NUM_THREADS": "5", "GLOO_SOCKET_IFNAME": "eth7"}
+    env = environment(given, Options(env={"NCCL_SOCKET_IFNAME": "ib0"}), Devices(2, gpus=True, visible="1,3"))
+    assert env == {**given, "NCCL_SOCKET_IFNAME": "ib0", "CUDA_VISIBLE_DEVICES": "1,3"}
+    assert environment({}, Options(), Devices(1000, gpus=False))["OMP_NUM_THREADS"] == "1"
+
+
+def test_in_the_notebook(kernel: Kernel) -> None:
+    kernel.ok("import torch")
+    if kernel.get("torch.cuda.is_available()"):
+        pytest.skip("there is a GPU here, and this test is about machines without")
+    reply = kernel.ok("%%ddp --gpus 2\nprint(device)")
+    assert reply.text.splitlines()[0] == "nbddp: there is no GPU here; 2 ranks on the CPU, over gloo"
+    assert reply.lines[:2] == ["[rank 0] cpu", "[rank 1] cpu"]
+    reply = kernel.run("%%ddp\nprint(1)")
+    assert reply.error == "LaunchError"
+    assert reply.traceback == "LaunchError: there is no GPU here, so say how many ranks to run on the CPU, as in %%ddp --cpus 2"
