@@ -90,60 +90,20 @@ def perform(job: Job, client: _client.Client, screen: Screen) -> Finished:
         KeyboardInterrupt: The user stopped it.
     """
     with InterruptGate() as gate:
-        method = _start_method(client)
+        attempt = _Attempt(job, client, screen, gate, _start_method(client))
+        launcher_died = False
         while True:
             try:
-                return _attempt(job, client, screen, gate, method)
+                return attempt.make()
             except _CannotFork as error:
                 client.cannot_fork = True
-                method = "spawn"
+                attempt.start_method = "spawn"
                 screen.write(f"nbddp: CUDA does not work in a forked process here; starting new ones ({error})\n")
-
-
-class _CannotFork(Exception):  # noqa: N818  # control flow
-    """Forked ranks cannot use CUDA here; nothing of the cell has run."""
-
-
-def _start_method(client: _client.Client) -> str:
-    try:
-        wanted = _settings.start_method()
-    except ValueError as error:
-        raise LaunchError(str(error)) from None
-    # macOS frameworks abort in forked children.
-    can_fork = sys.platform == "linux" and not client.cannot_fork
-    return wanted or ("fork" if can_fork else "spawn")
-
-
-def _attempt(job: Job, client: _client.Client, screen: Screen, gate: InterruptGate, method: str) -> Finished:
-    times = {"began": time.monotonic()}
-    env = {**os.environ, **job.options.env}
-    # First, so that it imports while this process pickles.
-    if changed := client.start(env):
-        screen.write(f"nbddp: {', '.join(changed)} changed, which torch reads when it loads; loading it anew\n")
-    with gate.open():
-        snapshot = _closure.capture(job.names, job.namespace, job.lines)
-    times["captured"] = time.monotonic()
-    devices = _devices.choose(job.options, env, lambda: _count_gpus(client, env, gate))
-    env = _devices.environment(os.environ, job.options, devices)
-    for note in (devices.note, *snapshot.notes):
-        if note:
-            screen.write(note + "\n")
-    script = _script(job, devices, snapshot)
-    if job.options.keep_script is not None:
-        _keep(script, job.options.keep_script, screen)
-    run_dir = client.session.new_run()
-    try:
-        with gate.open():
-            _write(script, run_dir)
-        ending = _launch(job, client, screen, gate, method, devices, env, run_dir)
-        with gate.open():
-            results = _results(job, ending, snapshot)
-        for note in (ending.ranks[0].outcome or {}).get("notes", ()):
-            screen.write(note + "\n")
-        times |= ending.times | {"results loaded": time.monotonic()}
-        return Finished(results, ending.value, times)
-    finally:
-        run_dir.remove()
+            except _LauncherDied:
+                # Before the run began, so it can be begun again; but not for ever.
+                if launcher_died:
+                    raise client.launcher_died() from None
+                launcher_died = True
 
 
 def dry_run(job: Job, client: _client.Client) -> str:
@@ -154,7 +114,7 @@ def dry_run(job: Job, client: _client.Client) -> str:
     captured = _closure.describe(job.names, job.namespace)
     if job.options.keep_script is not None:
         snapshot = _closure.capture(job.names, job.namespace, job.lines)
-        _script(job, devices, snapshot).export(job.options.keep_script)
+        _export(_script(job, devices, snapshot), job.options.keep_script)
     options = torchrun_options(devices.ranks, job.options.max_restarts, _start_method(client))
     lines = [devices.note] if devices.note else []
     lines.append("torchrun " + " ".join(options) + " <generated script>")
@@ -166,40 +126,148 @@ def dry_run(job: Job, client: _client.Client) -> str:
     return "\n".join(lines)
 
 
-def _script(job: Job, devices: _devices.Devices, closure: Snapshot) -> Script:
-    sources = {name: lines for name in sorted(closure.sources) if (lines := job.source_of(name))}
-    setup = Setup(
-        init=job.options.init,
-        backend=job.options.backend,
-        gpus=devices.gpus,
-        define=tuple(name for name in GIVEN_NAMES if name not in job.namespace),
-        out=job.out,
-        gather=job.gather,
-        colors=job.colors,
-    )
-    return Script(job.cell, setup, closure, sources, _client.own_folders(), devices.ranks)
+class _CannotFork(Exception):  # noqa: N818  # control flow
+    """Forked ranks cannot use CUDA here; nothing of the cell has run."""
 
 
-def _keep(script: Script, path: str, screen: Screen) -> None:
+class _LauncherDied(Exception):  # noqa: N818  # control flow
+    """The launcher ended before it started the run."""
+
+
+@dataclass
+class _Attempt:
+    """One way through the stages; a new one is made only if nothing of the cell has run."""
+
+    job: Job
+    client: _client.Client
+    screen: Screen
+    gate: InterruptGate
+    start_method: str
+
+    def make(self) -> Finished:
+        job, gate = self.job, self.gate
+        times = {"began": time.monotonic()}
+        env = {**os.environ, **job.options.env}
+        # First, so that it imports while this process pickles.
+        if changed := self.client.start(env):
+            self.say(f"nbddp: {', '.join(changed)} changed, which torch reads when it loads; loading it anew")
+        with gate.open():
+            closure = _closure.capture(job.names, job.namespace, job.lines)
+        times["captured"] = time.monotonic()
+        devices = _devices.choose(job.options, env, lambda: _count_gpus(self.client, env, gate))
+        for note in (devices.note, *closure.notes):
+            if note:
+                self.say(note)
+        script = _script(job, devices, closure)
+        if (path := job.options.keep_script) is not None:
+            _export(script, path)
+            self.say(f"nbddp: kept as {path}: torchrun --nproc-per-node {devices.ranks} {path}")
+        run_dir = self.client.session.new_run()
+        try:
+            with gate.open():
+                _write(script, run_dir)
+            ending = self._run(devices, run_dir)
+            with gate.open():
+                results = _results(job, ending, closure)
+            for note in (ending.ranks[0].outcome or {}).get("notes", ()):
+                self.say(note)
+            times |= ending.times | {"results loaded": time.monotonic()}
+            return Finished(results, ending.value, times)
+        finally:
+            run_dir.remove()
+
+    def say(self, line: str) -> None:
+        """Show a line of nbddp's own."""
+        self.screen.write(line + "\n")
+
+    def _run(self, devices: _devices.Devices, run_dir: RunDir) -> Ending:
+        """Run the script on the ranks.
+
+        Raises:
+            NbddpError: The run did not end well.
+            KeyboardInterrupt: The user stopped it.
+        """
+        secret = secrets.token_hex(8)
+        launch = self._what_to_launch(devices, run_dir, secret)
+        session = self.client.session
+        try:
+            server = _wire.listen(run_dir.socket)
+            logs = session.new_logs()
+            relay = Relay(devices.ranks, logs, secret, self.screen)
+        except OSError as error:
+            raise cannot_write("prepare a run", run_dir.socket, error) from error
+        channel = self.client.open_channel(launch.env)
+        oom_kills = _process.oom_kills()
+        run = Run(
+            launch,
+            server,
+            channel,
+            relay,
+            self.gate,
+            timeout=self.job.options.timeout,
+            grace=self.job.grace,
+            wait_until_gone=devices.gpus,
+            say=self.say,
+        )
+        try:
+            ending = run.wait()
+        finally:
+            session.keep_logs(logs)
+            server.close()
+            # Without a word before it, this ends the run.
+            channel.close()
+        if run.launcher_died:
+            self.client.end_leftovers()
+            if not run.started and ending.cause != "interrupted":
+                raise _LauncherDied
+        if ending.cause != "done":
+            raise self._error(ending, run, run_dir, _process.oom_kills() - oom_kills)
+        return ending
+
+    def _what_to_launch(self, devices: _devices.Devices, run_dir: RunDir, secret: str) -> Launch:
+        env = _devices.environment(os.environ, self.job.options, devices)
+        env |= {
+            _settings.SESSION: self.client.session.name,
+            _settings.RUN_DIR: run_dir.root,
+            _settings.MARK: secret,
+        }
+        umask = os.umask(0o077)
+        os.umask(umask)
+        return Launch(
+            run_dir=run_dir.root,
+            ranks=devices.ranks,
+            max_restarts=self.job.options.max_restarts,
+            env=env,
+            cwd=_client.working_directory() or None,
+            umask=umask,
+            path=_client.search_path(),
+            start_method=self.start_method,
+        )
+
+    def _error(self, ending: Ending, run: Run, run_dir: RunDir, oom_kills: int) -> BaseException:
+        for state in ending.ranks.values():
+            if state.outcome is not None and state.outcome["outcome"] == "cannot fork":
+                return _CannotFork(state.outcome["message"])
+        return error_of(
+            ending,
+            run_dir=run_dir,
+            cell=self.job.cell,
+            ranks=run.ranks,
+            timeout=self.job.options.timeout,
+            oom_kills=oom_kills,
+            known=set(self.job.namespace) - set(self.job.names),
+            launcher=self.client.last_words() if run.launcher_died else None,
+        )
+
+
+def _start_method(client: _client.Client) -> str:
     try:
-        script.export(path)
-    except OSError as error:
-        raise LaunchError(f"--keep-script {path}: it cannot be written: {error.strerror}") from error
-    screen.write(f"nbddp: kept as {path}: torchrun --nproc-per-node {script.ranks} {path}\n")
-
-
-def _write(script: Script, run_dir: RunDir) -> None:
-    """Write the script and its closure into the run directory."""
-    path = None
-    size = script.closure.nbytes
-    try:
-        if not script.embeds_closure():
-            path = run_dir.data("closure", size)
-            script.closure.write(path)
-        script.write(run_dir.script, path)
-    except OSError as error:
-        what = f"write the script and {format_size(size)} of what the cell uses"
-        raise cannot_write(what, path or run_dir.script, error) from error
+        wanted = _settings.start_method()
+    except ValueError as error:
+        raise LaunchError(str(error)) from None
+    # macOS frameworks abort in forked children.
+    can_fork = sys.platform == "linux" and not client.cannot_fork
+    return wanted or ("fork" if can_fork else "spawn")
 
 
 def _count_gpus(client: _client.Client, env: Mapping[str, str], gate: InterruptGate) -> int:
@@ -218,80 +286,39 @@ def _count_gpus(client: _client.Client, env: Mapping[str, str], gate: InterruptG
     raise client.launcher_died()
 
 
-def _launch(
-    job: Job,
-    client: _client.Client,
-    screen: Screen,
-    gate: InterruptGate,
-    method: str,
-    devices: _devices.Devices,
-    env: dict[str, str],
-    run_dir: RunDir,
-) -> Ending:
-    """Run the script on the ranks.
+def _script(job: Job, devices: _devices.Devices, closure: Snapshot) -> Script:
+    sources = {name: lines for name in sorted(closure.sources) if (lines := job.source_of(name))}
+    setup = Setup(
+        init=job.options.init,
+        backend=job.options.backend,
+        gpus=devices.gpus,
+        define=tuple(name for name in GIVEN_NAMES if name not in job.namespace),
+        out=job.out,
+        gather=job.gather,
+        colors=job.colors,
+    )
+    return Script(job.cell, setup, closure, sources, _client.own_folders(), devices.ranks)
 
-    Raises:
-        NbddpError: The run did not end well.
-        KeyboardInterrupt: The user stopped it.
-    """
-    secret = secrets.token_hex(8)
-    env |= {_settings.SESSION: client.session.name, _settings.RUN_DIR: run_dir.root, _settings.MARK: secret}
-    umask = os.umask(0o077)
-    os.umask(umask)
-    launch = Launch(
-        run_dir=run_dir.root,
-        ranks=devices.ranks,
-        max_restarts=job.options.max_restarts,
-        env=env,
-        cwd=_client.working_directory() or None,
-        umask=umask,
-        path=_client.search_path(),
-        start_method=method,
-    )
+
+def _export(script: Script, path: str) -> None:
     try:
-        server = _wire.listen(run_dir.socket)
-        logs = client.session.new_logs()
-        relay = Relay(devices.ranks, logs, secret, screen)
+        script.export(path)
     except OSError as error:
-        raise cannot_write("prepare a run", run_dir.socket, error) from error
-    channel = client.open_channel(env)
-    oom_kills = _process.oom_kills()
-    run = Run(
-        launch,
-        server,
-        channel,
-        relay,
-        gate,
-        timeout=job.options.timeout,
-        grace=job.grace,
-        wait_until_gone=devices.gpus,
-        say=lambda text: screen.write(text + "\n"),
-    )
+        raise LaunchError(f"--keep-script {path}: it cannot be written: {error.strerror}") from error
+
+
+def _write(script: Script, run_dir: RunDir) -> None:
+    """Write the script and its closure into the run directory."""
+    path = None
+    size = script.closure.nbytes
     try:
-        ending = run.wait()
-        if run.launcher_died:
-            client.end_leftovers()
-        if ending.cause == "done":
-            return ending
-        for state in ending.ranks.values():
-            if state.outcome is not None and state.outcome["outcome"] == "cannot fork":
-                raise _CannotFork(state.outcome["message"])
-        known = set(job.namespace) - set(job.names)
-        raise error_of(
-            ending,
-            run_dir=run_dir,
-            cell=job.cell,
-            ranks=devices.ranks,
-            timeout=job.options.timeout,
-            oom_kills=_process.oom_kills() - oom_kills,
-            known=known,
-            launcher=client.last_words() if run.launcher_died else None,
-        )
-    finally:
-        client.session.keep_logs(logs)
-        server.close()
-        # Without a word before it, this ends the run.
-        channel.close()
+        if not script.embeds_closure():
+            path = run_dir.data("closure", size)
+            script.closure.write(path)
+        script.write(run_dir.script, path)
+    except OSError as error:
+        what = f"write the script and {format_size(size)} of what the cell uses"
+        raise cannot_write(what, path or run_dir.script, error) from error
 
 
 def _results(job: Job, ending: Ending, sent: Snapshot) -> list[dict[str, Any]]:

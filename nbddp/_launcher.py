@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib
 import os
 import selectors
 import signal
@@ -43,8 +44,17 @@ GOODBYE = b"q"
 # Seconds that a run whose ranks have all reported has to end by itself. Longest is NCCL's clean-up.
 _FINISH_SECONDS = 10.0
 
-# After the first warm-up, seconds of peace before the second is begun: a first cell comes right after %load_ext.
-_SETTLE_SECONDS = 0.2
+# What the first optimizer or DDP module in a process imports, and IPython's tracebacks: over a second in all, for each
+# rank. In pieces, so that a cell that comes in between waits for one of them only.
+_FOR_TRAINING = (
+    "mpmath",
+    "sympy",
+    "stack_data",
+    "torch.distributed.tensor",
+    "torch.fx.experimental.symbolic_shapes",
+    "torch.distributed.fsdp",
+    "torch._dynamo",
+)
 
 
 @dataclass
@@ -85,22 +95,22 @@ class Launcher:
         if kernel is not None:
             self._selector.register(kernel, selectors.EVENT_READ, self._stop)
         try:
-            self._warm_up()
+            import_for_ranks(os.path.join(self._session, "tmp"))
+            to_import = list(_FOR_TRAINING)
             while self._open:
-                self._step(self._timeout())
+                self._step(0.0 if to_import and self._is_idle() else self._timeout())
+                if to_import and self._is_idle():
+                    import_if_there(to_import.pop(0))
+                    if not to_import:
+                        make_ready_to_fork()
         finally:
             self._kill_everything()
             if not self._session_goes_on:
                 remove_session(self._session)
 
-    def _warm_up(self) -> None:
-        """Import what ranks import; first what every run needs, the rest when nobody waits."""
-        import_for_ranks(os.path.join(self._session, "tmp"))
-        self._step(_SETTLE_SECONDS)
-        while self._open and self._channels:
-            self._step(self._timeout())
-        if self._open:
-            import_for_training()
+    def _is_idle(self) -> bool:
+        """Tell whether nobody waits for anything: runs that are only being cleaned up do not count."""
+        return self._channels == sum(run.deadline < float("inf") for run in self._runs.values())
 
     def _step(self, timeout: float | None) -> None:
         for key, _ in self._selector.select(timeout):
@@ -295,7 +305,7 @@ def _spawn(launch: _agent.Launch) -> int:
 
 
 def import_for_ranks(temp: str) -> None:
-    """Import what every rank needs."""
+    """Import what every rank needs, and make its shell."""
     import torch
     import torch.distributed.run
     import torch.nn.parallel  # noqa: F401
@@ -305,19 +315,17 @@ def import_for_ranks(temp: str) -> None:
     _repair.prepare()
     _agent.rehearse()
     _shell.make(temp)
-    _freeze()
+    make_ready_to_fork()
 
 
-def import_for_training() -> None:
-    """Import what the first optimizer or DDP module in a process imports: nearly a second, for each rank."""
-    import stack_data  # noqa: F401  # IPython's tracebacks
-    import torch._dynamo  # noqa: F401
-
-    _freeze()
+def import_if_there(module: str) -> None:
+    """Import a module; which ones there are differs between releases of torch."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module(module)
 
 
-def _freeze() -> None:
-    """Make ready to be forked.
+def make_ready_to_fork() -> None:
+    """Spare the ranks what need not be theirs.
 
     The garbage collector is to leave alone what is here: touching it would copy its pages in every rank. And what is
     here is not for a rank to finalise at its end: the 174 operator libraries of torch alone take 30 ms.

@@ -295,7 +295,9 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
                 self.met.append(obj)
             return reduced
         if self._wrapper is not None and issubclass(kind, self._wrapper):
-            self._notes.append(f"nbddp: {kind.__name__} unwrapped: its .module was sent; wrap it again where it is used")
+            self._notes.append(
+                f"nbddp: {kind.__name__} unwrapped: its .module was sent; wrap it again where it is used"
+            )
             return _identity, (obj.module,)
         return NotImplemented
 

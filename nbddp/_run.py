@@ -179,6 +179,16 @@ class Run:
         """Whether the launcher ended before the run did."""
         return self._launcher_died
 
+    @property
+    def started(self) -> bool:
+        """Whether the launcher has started the agent."""
+        return self._started
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks the run has."""
+        return self._launch.ranks
+
     # The loop.
 
     def _watch(self, source: Any, callback: Callable[[], object]) -> None:

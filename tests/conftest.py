@@ -61,7 +61,7 @@ def _shared_kernel(private_folders: Path, _kernels: list[Kernel]) -> Kernel:
 
 @pytest.fixture
 def kernel(_shared_kernel: Kernel) -> Iterator[Kernel]:
-    """A kernel with the extension loaded and an otherwise empty namespace; shared, since starting one takes a second."""
+    """A kernel with the extension loaded and an otherwise empty namespace; shared: starting one takes a second."""
     yield _shared_kernel
     if _shared_kernel.alive():
         _shared_kernel.ok("%reset -f\nimport os as _os\n_os.chdir(_os.environ['TMPDIR'])\ndel _os")
@@ -119,7 +119,7 @@ def leftovers(temp: Path, kernels: list[Kernel]) -> list[str]:
                 left.append(f"process {process.pid}: {process.name()} {command[:100]}")
             left += [f"{process.pid} listens at {c.laddr}" for c in process.net_connections() if c.status == "LISTEN"]
     live_sessions = tuple(f"nbddp-{pid}-" for pid in open_kernels | {os.getpid()})
-    for folder in (temp, Path("/dev/shm")):  # noqa: S108
+    for folder in (temp, Path("/dev/shm")):
         for path in folder.iterdir():
             if path.name.startswith(live_sessions):
                 left += [f"{p}" for p in path.iterdir() if p.name.startswith("run-")]

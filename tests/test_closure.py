@@ -22,7 +22,10 @@ from nbddp._pickling import Pickler, Snapshot, Target, load, load_file
 def send(names: dict[str, Any], namespace: dict[str, Any] | None = None) -> dict[str, Any]:
     """Send names through bytes into a new namespace, as to a rank."""
     received: dict[str, Any] = {"__name__": "__main__"}
-    load(memoryview(bytearray(content(Pickler(names if namespace is None else namespace).snapshot(names)))), Target(received, received))
+    load(
+        memoryview(bytearray(content(Pickler(names if namespace is None else namespace).snapshot(names)))),
+        Target(received, received),
+    )
     return received
 
 
@@ -40,7 +43,9 @@ def run(source: str) -> dict[str, Any]:
 def test_identity_holds_across_names() -> None:
     weight = torch.nn.Parameter(torch.arange(4.0))
     shared = [1]
-    got = send({"w": weight, "opt": torch.optim.SGD([weight], lr=1.0), "view": weight.detach()[1:3], "a": shared, "b": shared})
+    got = send(
+        {"w": weight, "opt": torch.optim.SGD([weight], lr=1.0), "view": weight.detach()[1:3], "a": shared, "b": shared}
+    )
     assert got["opt"].param_groups[0]["params"][0] is got["w"]
     assert got["a"] is got["b"]
     got["view"].fill_(7)
@@ -127,9 +132,15 @@ def test_a_file_is_mapped_privately(tmp_path: Path) -> None:
 
 
 def test_functions_share_one_namespace() -> None:
-    namespace = run("counter = 0\ndef bump():\n    global counter\n    counter += 1\n    return other()\ndef other(): return counter")
+    namespace = run(
+        "counter = 0\ndef bump():\n    global counter\n    counter += 1\n    return other()\n"
+        "def other(): return counter"
+    )
     received: dict[str, Any] = {"__name__": "__main__"}
-    load(memoryview(bytearray(content(Pickler(namespace).snapshot({"bump": namespace["bump"]})))), Target(received, received))
+    load(
+        memoryview(bytearray(content(Pickler(namespace).snapshot({"bump": namespace["bump"]})))),
+        Target(received, received),
+    )
     assert received["bump"].__globals__ is received
     assert received["bump"]() == 1
     received["other"] = lambda: "rebound"
@@ -138,9 +149,14 @@ def test_functions_share_one_namespace() -> None:
 
 
 def test_what_is_met_on_the_way_gets_its_name() -> None:
-    namespace = run("class Base: pass\nclass Net(Base): pass\ndef helper(): return Net\nnet = Net()\nalias = Net\nunused = 1")
+    namespace = run(
+        "class Base: pass\nclass Net(Base): pass\ndef helper(): return Net\nnet = Net()\nalias = Net\nunused = 1"
+    )
     received: dict[str, Any] = {"__name__": "__main__"}
-    load(memoryview(bytearray(content(Pickler(namespace).snapshot({"net": namespace["net"]})))), Target(received, received))
+    load(
+        memoryview(bytearray(content(Pickler(namespace).snapshot({"net": namespace["net"]})))),
+        Target(received, received),
+    )
     assert {"net", "Net", "Base"} <= set(received)
     assert type(received["net"]) is received["Net"]
     assert "unused" not in received
@@ -183,7 +199,12 @@ def test_a_function_that_comes_back_rebinds_nothing_in_the_notebook() -> None:
 
 
 def test_devices_become_the_ranks_own() -> None:
-    names = {"cuda1": torch.device("cuda:1"), "cuda": torch.device("cuda"), "cpu": torch.device("cpu"), "meta": torch.device("meta")}
+    names = {
+        "cuda1": torch.device("cuda:1"),
+        "cuda": torch.device("cuda"),
+        "cpu": torch.device("cpu"),
+        "meta": torch.device("meta"),
+    }
     data = content(Pickler({}).snapshot(names))
     for own, cuda1, cuda in (("cpu", "cpu", "cpu"), ("cuda:3", "cuda:3", "cuda")):
         got: dict[str, Any] = {}
@@ -266,7 +287,9 @@ class Raises:
 
 
 def test_an_object_whose_pickling_raises_is_named_with_its_error() -> None:
-    with pytest.raises(CaptureError, match=r"cannot send 'x\[0\]' \(tests.test_closure.Raises\).*OSError: no such luck"):
+    with pytest.raises(
+        CaptureError, match=r"cannot send 'x\[0\]' \(tests.test_closure.Raises\).*OSError: no such luck"
+    ):
         capture({"x": [Raises()]}, {}, {})
 
 

@@ -76,4 +76,7 @@ def test_in_the_notebook(kernel: Kernel) -> None:
     assert reply.lines[:2] == ["[rank 0] cpu", "[rank 1] cpu"]
     reply = kernel.run("%%ddp\nprint(1)")
     assert reply.error == "LaunchError"
-    assert reply.traceback == "LaunchError: there is no GPU here, so say how many ranks to run on the CPU, as in %%ddp --cpus 2"
+    assert (
+        reply.traceback
+        == "LaunchError: there is no GPU here, so say how many ranks to run on the CPU, as in %%ddp --cpus 2"
+    )

@@ -108,7 +108,10 @@ def test_a_rank_that_ignores_sigterm_does_not_hold_up_the_failure(kernel: Kernel
 
 
 def test_output_before_a_death_is_not_lost(kernel: Kernel) -> None:
-    reply = kernel.run("%%ddp --cpus 1\nimport os\nprint('last', 'words', end='')\nimport sys; sys.stdout.flush()\nos.kill(os.getpid(), 9)")
+    reply = kernel.run(
+        "%%ddp --cpus 1\nimport os\nprint('last', 'words', end='')\n"
+        "import sys; sys.stdout.flush()\nos.kill(os.getpid(), 9)"
+    )
     assert reply.text == "[rank 0] last words\n"
 
 
@@ -124,7 +127,8 @@ def test_a_timeout_says_where_the_ranks_were(kernel: Kernel) -> None:
 
 def test_restarts(kernel: Kernel) -> None:
     reply = kernel.ok(
-        "%%ddp --cpus 2 --max-restarts 2 --out attempt\nimport os\nattempt = int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
+        "%%ddp --cpus 2 --max-restarts 2 --out attempt\nimport os\n"
+        "attempt = int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
         "if attempt < 2 and rank == 1:\n    raise OSError('flaky')\nprint('attempt', attempt)"
     )
     assert "nbddp: rank 1 failed (OSError: flaky); restart 1 of 2" in reply.text
@@ -134,7 +138,9 @@ def test_restarts(kernel: Kernel) -> None:
 
 
 def test_restarts_after_a_death_run_out(kernel: Kernel) -> None:
-    reply = kernel.run("%%ddp --cpus 2 --max-restarts 1\nimport os, time\nif rank == 0:\n    os.kill(os.getpid(), 9)\ntime.sleep(60)")
+    reply = kernel.run(
+        "%%ddp --cpus 2 --max-restarts 1\nimport os, time\nif rank == 0:\n    os.kill(os.getpid(), 9)\ntime.sleep(60)"
+    )
     assert reply.message == "rank 0 of 2 was killed by signal 9 (SIGKILL)"
     assert "restart 1 of 1" in reply.text
 
@@ -149,7 +155,10 @@ def test_a_child_of_a_rank_does_not_outlive_the_run(kernel: Kernel) -> None:
 
 
 def test_data_loader_workers_of_a_killed_rank_are_gone(kernel: Kernel) -> None:
-    kernel.ok("import torch, os\nclass Data(torch.utils.data.Dataset):\n    def __len__(self): return 1000\n    def __getitem__(self, i): return i")
+    kernel.ok(
+        "import torch, os\nclass Data(torch.utils.data.Dataset):\n"
+        "    def __len__(self): return 1000\n    def __getitem__(self, i): return i"
+    )
     reply = kernel.run(
         "%%ddp --cpus 2\nfor n, batch in enumerate(torch.utils.data.DataLoader(Data(), num_workers=2)):\n"
         "    if rank == 0 and n == 5:\n        os.kill(os.getpid(), 9)"

@@ -29,7 +29,8 @@ def test_inside_a_hung_collective(kernel: Kernel) -> None:
     kernel.ok("import torch, torch.distributed as dist\n%config DDPMagics.grace = 1")
     reply = kernel.run_and(
         "%%ddp --cpus 2\nimport time\nprint('up')\nif rank == 0:\n    dist.barrier()\nelse:\n"
-        "    while True:\n        try:\n            time.sleep(60)\n        except KeyboardInterrupt:\n            pass",
+        "    while True:\n        try:\n            time.sleep(60)\n"
+        "        except KeyboardInterrupt:\n            pass",
         "[rank 1] up",
         lambda: (time.sleep(0.3), kernel.interrupt()),
     )
@@ -47,7 +48,8 @@ def test_a_second_press_does_not_wait(kernel: Kernel) -> None:
         kernel.interrupt()
 
     reply = kernel.run_and(
-        "%%ddp --cpus 2\nimport time, signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('up')\ntime.sleep(60)",
+        "%%ddp --cpus 2\nimport time, signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "print('up')\ntime.sleep(60)",
         "[rank 1] up",
         twice,
     )
@@ -56,7 +58,10 @@ def test_a_second_press_does_not_wait(kernel: Kernel) -> None:
 
 
 def test_while_capturing(kernel: Kernel) -> None:
-    kernel.ok("import time\nclass Slow:\n    def __reduce__(self):\n        time.sleep(30)\n        return str, ()\nslow = Slow()")
+    kernel.ok(
+        "import time\nclass Slow:\n    def __reduce__(self):\n        time.sleep(30)\n"
+        "        return str, ()\nslow = Slow()"
+    )
     reply = kernel.run_and_after("%%ddp --cpus 2\nprint(slow)", 0.5, kernel.interrupt)
     assert reply.error == "KeyboardInterrupt"
     assert reply.seconds < 3
@@ -64,7 +69,9 @@ def test_while_capturing(kernel: Kernel) -> None:
 
 def test_while_the_launcher_starts(new_kernel: Callable[..., Kernel]) -> None:
     kernel = new_kernel(load=False)
-    reply = kernel.run_and_after("%load_ext nbddp\nget_ipython().run_cell_magic('ddp', '--cpus 2', 'print(1)')", 0.4, kernel.interrupt)
+    reply = kernel.run_and_after(
+        "%load_ext nbddp\nget_ipython().run_cell_magic('ddp', '--cpus 2', 'print(1)')", 0.4, kernel.interrupt
+    )
     assert reply.error == "KeyboardInterrupt"
     assert reply.seconds < 3
     assert kernel.ok("%%ddp --cpus 2\nprint('fine')").lines == ["[rank 0] fine", "[rank 1] fine"]

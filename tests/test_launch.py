@@ -75,7 +75,8 @@ def test_without_fork_it_is_slower_and_otherwise_the_same(new_kernel: Callable[.
     kernel = new_kernel(env={"NBDDP_START_METHOD": "spawn"})
     kernel.ok("import torch, torch.distributed as dist\nbig = torch.ones(1 << 20)\nclass Net:\n    pass\nx = Net()")
     reply = kernel.ok(
-        "%%ddp --cpus 2 --out t,y\nimport os\nt = big.sum()\ndist.all_reduce(t)\ny = x\nprint('rank', rank, t.item(), os.getpid() != os.getpgid(0))\n"
+        "%%ddp --cpus 2 --out t,y\nimport os\nt = big.sum()\ndist.all_reduce(t)\ny = x\n"
+        "print('rank', rank, t.item(), os.getpid() != os.getpgid(0))\n"
         "!echo child\nt"
     )
     # A process that torchrun starts leads a group of its own.
@@ -95,7 +96,10 @@ def test_without_fork_it_is_slower_and_otherwise_the_same(new_kernel: Callable[.
     assert reply.error == "KeyboardInterrupt"
     assert "on line 4 of the cell" in reply.traceback
 
-    reply = kernel.ok("%%ddp --cpus 2 --max-restarts 1\nimport os\nif os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n    raise OSError\nprint('ok')")
+    reply = kernel.ok(
+        "%%ddp --cpus 2 --max-restarts 1\nimport os\n"
+        "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n    raise OSError\nprint('ok')"
+    )
     assert reply.lines[:2] == ["[rank 0] ok", "[rank 1] ok"]
 
 
@@ -111,7 +115,8 @@ def test_two_runs_at_once(tmp_path: Path) -> None:
     path.write_text(
         "import threading, nbddp, time\ndef work(n):\n    import os\n    return n, int(os.environ['RANK'])\n"
         "if __name__ == '__main__':\n    got = {}\n    def one(n): got[n] = nbddp.launch(work, n, cpus=2)\n"
-        "    threads = [threading.Thread(target=one, args=(n,)) for n in range(4)]\n    [t.start() for t in threads]\n    [t.join() for t in threads]\n"
+        "    threads = [threading.Thread(target=one, args=(n,)) for n in range(4)]\n"
+        "    [t.start() for t in threads]\n    [t.join() for t in threads]\n"
         "    print(sorted(got.items()))\n"
     )
     run = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=True, timeout=100)
@@ -120,6 +125,9 @@ def test_two_runs_at_once(tmp_path: Path) -> None:
 
 def test_a_forked_child_of_the_notebook_leaves_the_launcher_alone(kernel: Kernel) -> None:
     # What an exit handler does in a child that was forked with multiprocessing.
-    kernel.ok("import os, nbddp._function as f\npid = os.fork()\nif pid == 0:\n    f.client.close()\n    os._exit(0)\n_ = os.waitpid(pid, 0)")
+    kernel.ok(
+        "import os, nbddp._function as f\npid = os.fork()\nif pid == 0:\n"
+        "    f.client.close()\n    os._exit(0)\n_ = os.waitpid(pid, 0)"
+    )
     assert kernel.ok("%%ddp --cpus 1\nprint('fine')").text == "[rank 0] fine\n"
     assert os.path.isdir(kernel.get("__import__('nbddp')._function.client.session.root"))

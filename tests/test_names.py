@@ -96,7 +96,13 @@ def test_bound(cell: str, names: str) -> None:
 
 @pytest.mark.parametrize(
     ("cell", "dynamic"),
-    [("x = 1", False), ("exec('x = 1')", True), ("from os import *", True), ("%run a.py", True), ("globals()['a'] = 1", True)],
+    [
+        ("x = 1", False),
+        ("exec('x = 1')", True),
+        ("from os import *", True),
+        ("%run a.py", True),
+        ("globals()['a'] = 1", True),
+    ],
 )
 def test_dynamic(cell: str, dynamic: bool) -> None:
     assert uses(cell).dynamic is dynamic

@@ -12,7 +12,8 @@ from tests.kernel import Kernel
 
 def test_everything_at_once() -> None:
     options = parse(
-        "--gpus 2 --backend gloo --out a,b -o c,a --env 'A=b c' --env B= --timeout 1.5 --no-init --max-restarts 3 --dry-run"
+        "--gpus 2 --backend gloo --out a,b -o c,a --env 'A=b c' --env B= --timeout 1.5 --no-init --max-restarts 3 "
+        "--dry-run"
     )
     assert options == Options(
         gpus=2,
@@ -112,7 +113,8 @@ def test_an_expression_in_the_line_is_expanded(kernel: Kernel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("out", "hint"), [("lossess", "the cell never binds 'lossess'; did you mean losses?"), ("zz", "the cell never binds 'zz'")]
+    ("out", "hint"),
+    [("lossess", "the cell never binds 'lossess'; did you mean losses?"), ("zz", "the cell never binds 'zz'")],
 )
 def test_a_name_that_the_cell_cannot_bind_is_refused_before_launch(kernel: Kernel, out: str, hint: str) -> None:
     reply = kernel.run(f"%%ddp --cpus 2 --out {out}\nlosses = []\nprint('ran')")
@@ -120,7 +122,9 @@ def test_a_name_that_the_cell_cannot_bind_is_refused_before_launch(kernel: Kerne
     assert "ran" not in reply.text
 
 
-@pytest.mark.parametrize("binding", ["exec('x = 5')", "globals()['x'] = 5", "from shop import *", "for x in [5]: pass", "import math as x"])
+@pytest.mark.parametrize(
+    "binding", ["exec('x = 5')", "globals()['x'] = 5", "from shop import *", "for x in [5]: pass", "import math as x"]
+)
 def test_a_name_that_the_cell_may_bind_is_not_refused(kernel: Kernel, binding: str, tmp_path: Path) -> None:
     (tmp_path / "shop.py").write_text("x = 5\n")
     kernel.ok(f"import sys\nsys.path.insert(0, {str(tmp_path)!r})")
@@ -148,14 +152,20 @@ def test_a_result_that_cannot_come_back_is_named(kernel: Kernel) -> None:
 
 def test_environment_variables(kernel: Kernel) -> None:
     kernel.ok("import os\nos.environ['FROM_NOTEBOOK'] = 'n'")
-    reply = kernel.ok("%%ddp --cpus 1 --env 'A=b c' --env FROM_NOTEBOOK=x\nimport os\nprint(os.environ['A'], os.environ['FROM_NOTEBOOK'])")
+    reply = kernel.ok(
+        "%%ddp --cpus 1 --env 'A=b c' --env FROM_NOTEBOOK=x\nimport os\n"
+        "print(os.environ['A'], os.environ['FROM_NOTEBOOK'])"
+    )
     assert reply.text == "[rank 0] b c x\n"
     assert kernel.get("os.environ.pop('FROM_NOTEBOOK'), 'A' in os.environ") == ("n", False)
 
 
 def test_no_init_leaves_the_process_group_to_the_cell(kernel: Kernel) -> None:
     kernel.ok("import torch.distributed as dist")
-    reply = kernel.ok("%%ddp --cpus 2 --no-init\nprint(dist.is_initialized())\ndist.init_process_group('gloo')\nprint(dist.get_world_size())")
+    reply = kernel.ok(
+        "%%ddp --cpus 2 --no-init\nprint(dist.is_initialized())\n"
+        "dist.init_process_group('gloo')\nprint(dist.get_world_size())"
+    )
     assert reply.lines == ["[rank 0] 2", "[rank 0] False", "[rank 1] 2", "[rank 1] False"]
 
 

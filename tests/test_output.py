@@ -24,13 +24,18 @@ def test_output_is_live(kernel: Kernel) -> None:
 
     began = time.monotonic()
     kernel.run_and(
-        "%%ddp --cpus 1\nimport time\nprint('early')\ntime.sleep(2)", "early", lambda: seen.append(time.monotonic() - began)
+        "%%ddp --cpus 1\nimport time\nprint('early')\ntime.sleep(2)",
+        "early",
+        lambda: seen.append(time.monotonic() - began),
     )
     assert seen[0] < 1.5
 
 
 def test_a_million_lines(kernel: Kernel) -> None:
-    reply = kernel.ok("%%ddp --cpus 2\nif rank == 0:\n    for i in range(1_000_000):\n        print('line', i)\nelse:\n    print('quiet')")
+    reply = kernel.ok(
+        "%%ddp --cpus 2\nif rank == 0:\n    for i in range(1_000_000):\n"
+        "        print('line', i)\nelse:\n    print('quiet')"
+    )
     lines = reply.text.splitlines()
     assert lines[:1] in (["[rank 0] line 0"], ["[rank 1] quiet"])
     assert "[rank 1] quiet" in lines
@@ -52,7 +57,9 @@ def test_invalid_utf8_and_no_final_newline(kernel: Kernel) -> None:
 
 
 def test_a_character_split_between_writes(kernel: Kernel) -> None:
-    reply = kernel.ok("%%ddp --cpus 1\nimport os, time\nos.write(1, b'caf\\xc3')\ntime.sleep(0.3)\nos.write(1, b'\\xa9 ok\\n')")
+    reply = kernel.ok(
+        "%%ddp --cpus 1\nimport os, time\nos.write(1, b'caf\\xc3')\ntime.sleep(0.3)\nos.write(1, b'\\xa9 ok\\n')"
+    )
     assert reply.text == "[rank 0] café ok\n"
 
 
@@ -62,7 +69,8 @@ def test_a_lone_surrogate_can_be_printed(kernel: Kernel) -> None:
 
 def test_of_a_progress_bar_the_last_state_remains(kernel: Kernel) -> None:
     reply = kernel.ok(
-        "%%ddp --cpus 2\nimport sys\nfor i in range(101):\n    sys.stderr.write(f'\\r{i:3}% |{\"#\" * (i // 10):10}|')\n"
+        "%%ddp --cpus 2\nimport sys\nfor i in range(101):\n"
+        "    sys.stderr.write(f'\\r{i:3}% |{\"#\" * (i // 10):10}|')\n"
         "sys.stderr.write('\\n')"
     )
     assert reply.lines == ["[rank 0] 100% |##########|", "[rank 1] 100% |##########|"]
@@ -78,7 +86,10 @@ def test_displays_keep_their_place(kernel: Kernel) -> None:
 
 
 def test_displays_of_several_ranks_say_whose_they_are(kernel: Kernel) -> None:
-    reply = kernel.ok("%%ddp --cpus 2\nfrom IPython.display import display, HTML\ndisplay(HTML(f'<b>{rank}</b>'))\ndisplay({'r': rank})")
+    reply = kernel.ok(
+        "%%ddp --cpus 2\nfrom IPython.display import display, HTML\n"
+        "display(HTML(f'<b>{rank}</b>'))\ndisplay({'r': rank})"
+    )
     assert sorted(bundle["text/html"] for bundle in reply.displays) == ["<b>0</b>", "<b>1</b>"]
     assert "[rank 0] {'r': 0}" in reply.lines
     assert "[rank 1] <IPython.core.display.HTML object>" in reply.lines
@@ -86,7 +97,8 @@ def test_displays_of_several_ranks_say_whose_they_are(kernel: Kernel) -> None:
 
 def test_updating_a_display(kernel: Kernel) -> None:
     reply = kernel.ok(
-        "%%ddp --cpus 1\nfrom IPython.display import display, HTML\nh = display(HTML('a'), display_id=True)\nh.update(HTML('b'))"
+        "%%ddp --cpus 1\nfrom IPython.display import display, HTML\n"
+        "h = display(HTML('a'), display_id=True)\nh.update(HTML('b'))"
     )
     kinds = [(kind, c["data"]["text/html"]) for kind, c in reply.outputs if "display_data" in kind]
     assert kinds == [("display_data", "a"), ("update_display_data", "b")]
@@ -118,7 +130,9 @@ def test_exit_handlers_are_run_and_heard(kernel: Kernel) -> None:
 
 
 def test_descriptors_closed_by_the_cell_do_not_hang_it(kernel: Kernel) -> None:
-    reply = kernel.ok("%%ddp --cpus 1\nimport os, sys\nprint('seen')\nsys.stdout.flush()\nos.close(1)\nos.close(2)", timeout=20)
+    reply = kernel.ok(
+        "%%ddp --cpus 1\nimport os, sys\nprint('seen')\nsys.stdout.flush()\nos.close(1)\nos.close(2)", timeout=20
+    )
     assert reply.text == "[rank 0] seen\n"
 
 

@@ -16,7 +16,8 @@ from tests.kernel import Kernel
 def test_thread_limits_follow_the_ranks(kernel: Kernel) -> None:
     kernel.ok("import torch, numpy")
     probe = (
-        "import threadpoolctl, os\nblas = {p['internal_api']: p['num_threads'] for p in threadpoolctl.threadpool_info()}\n"
+        "import threadpoolctl, os\n"
+        "blas = {p['internal_api']: p['num_threads'] for p in threadpoolctl.threadpool_info()}\n"
         "print(torch.get_num_threads(), blas['openblas'], os.environ['OMP_NUM_THREADS'])"
     )
     cores = len(os.sched_getaffinity(0))
@@ -29,8 +30,11 @@ def test_thread_limits_follow_the_ranks(kernel: Kernel) -> None:
 def test_more_threads_than_the_launcher_had_really_work(kernel: Kernel) -> None:
     kernel.ok("import torch")
     reply = kernel.ok(
-        "%%ddp --cpus 1 --env OMP_NUM_THREADS=4\na = torch.ones(2000, 2000)\nprint((a @ a).sum().item() == 2000.0 ** 3)\n"
-        "print(torch.ones(10**7).sum().item(), len(os.listdir('/proc/self/task')) >= 4)\n".replace("print(torch", "import os\nprint(torch")
+        "%%ddp --cpus 1 --env OMP_NUM_THREADS=4\na = torch.ones(2000, 2000)\n"
+        "print((a @ a).sum().item() == 2000.0 ** 3)\n"
+        "print(torch.ones(10**7).sum().item(), len(os.listdir('/proc/self/task')) >= 4)\n".replace(
+            "print(torch", "import os\nprint(torch"
+        )
     )
     assert reply.text.splitlines() == ["[rank 0] True", "[rank 0] 10000000.0 True"]
 
@@ -47,8 +51,13 @@ def test_random_state_differs_from_rank_to_rank_and_run_to_run(kernel: Kernel) -
 
 def test_seeds_give_what_they_give_under_torchrun(kernel: Kernel) -> None:
     kernel.ok("import torch, numpy as np")
-    reply = kernel.ok("%%ddp --cpus 1\ntorch.manual_seed(0)\nnp.random.seed(0)\nprint(torch.rand(1).item(), np.random.rand())")
-    code = "import torch, numpy as np; torch.manual_seed(0); np.random.seed(0); print(torch.rand(1).item(), np.random.rand())"
+    reply = kernel.ok(
+        "%%ddp --cpus 1\ntorch.manual_seed(0)\nnp.random.seed(0)\nprint(torch.rand(1).item(), np.random.rand())"
+    )
+    code = (
+        "import torch, numpy as np; torch.manual_seed(0); np.random.seed(0); "
+        "print(torch.rand(1).item(), np.random.rand())"
+    )
     bare = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert reply.text == f"[rank 0] {bare.stdout}"
 
@@ -57,13 +66,16 @@ def test_environment_directory_umask_and_path_are_the_notebooks(kernel: Kernel, 
     folder = tmp_path / "with space % ' \" ü"
     folder.mkdir()
     (folder / "mine.py").write_text("VALUE = 1\n")
-    kernel.ok(f"import os, sys\nos.chdir({str(folder)!r})\nos.environ['MINE'] = 'ü \"x'\nold = os.umask(0o027)\nimport mine")
+    kernel.ok(
+        f"import os, sys\nos.chdir({str(folder)!r})\nos.environ['MINE'] = 'ü \"x'\nold = os.umask(0o027)\nimport mine"
+    )
     reply = kernel.ok(
         "%%ddp --cpus 1\nimport os\nprint(os.getcwd(), os.environ['MINE'], mine.VALUE)\nopen('made', 'w').close()\n"
-        "print(oct(os.stat('made').st_mode & 0o777), 'NBDDP_RUN_DIR' in os.environ, 'PYTORCH_NVML_BASED_CUDA_CHECK' in os.environ)"
+        "print(oct(os.stat('made').st_mode & 0o777), 'NBDDP_RUN_DIR' in os.environ, "
+        "'PYTORCH_NVML_BASED_CUDA_CHECK' in os.environ)"
     )
     kernel.ok("os.umask(old); del os.environ['MINE']")
-    assert reply.text.splitlines() == [f"[rank 0] {folder} ü \"x 1", "[rank 0] 0o640 False False"]
+    assert reply.text.splitlines() == [f'[rank 0] {folder} ü "x 1', "[rank 0] 0o640 False False"]
 
 
 def test_an_edited_module_is_seen_fresh(kernel: Kernel, tmp_path: Path) -> None:
@@ -86,8 +98,17 @@ def test_files_named_like_the_standard_library_do_no_harm(new_kernel: Callable[.
 
 def test_a_variable_that_torch_reads_when_it_loads_takes_effect(kernel: Kernel) -> None:
     kernel.ok("import os, nbddp._function as f\nbefore = f.client._process.pid\nimport torch")
-    reply = kernel.ok("%%ddp --cpus 1 --env TORCH_SHOW_CPP_STACKTRACES=1 --env PYTHONHASHSEED=7\nimport os\nprint(hash('x'), os.environ['PYTHONHASHSEED'])")
-    bare = subprocess.run([sys.executable, "-c", "print(hash('x'), 7)"], env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True, text=True, check=True)
+    reply = kernel.ok(
+        "%%ddp --cpus 1 --env TORCH_SHOW_CPP_STACKTRACES=1 --env PYTHONHASHSEED=7\nimport os\n"
+        "print(hash('x'), os.environ['PYTHONHASHSEED'])"
+    )
+    bare = subprocess.run(
+        [sys.executable, "-c", "print(hash('x'), 7)"],
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert reply.text == (
         "nbddp: PYTHONHASHSEED, TORCH_SHOW_CPP_STACKTRACES changed, which torch reads when it loads; loading it anew\n"
         f"[rank 0] {bare.stdout}"
@@ -99,12 +120,17 @@ def test_a_variable_that_torch_reads_when_it_loads_takes_effect(kernel: Kernel) 
 def test_variables_that_are_read_later_need_no_new_launcher(kernel: Kernel) -> None:
     kernel.ok("%%ddp --cpus 1\npass")
     kernel.ok("import nbddp._function as f\nbefore = f.client._process.pid")
-    kernel.ok("%%ddp --cpus 1 --env NCCL_DEBUG=INFO --env OMP_NUM_THREADS=2 --env TORCH_DISTRIBUTED_DEBUG=DETAIL\nimport torch.distributed as d\nprint(d.get_debug_level())")
+    kernel.ok(
+        "%%ddp --cpus 1 --env NCCL_DEBUG=INFO --env OMP_NUM_THREADS=2 --env TORCH_DISTRIBUTED_DEBUG=DETAIL\n"
+        "import torch.distributed as d\nprint(d.get_debug_level())"
+    )
     assert kernel.get("f.client._process.pid == before") is True
 
 
 def test_debug_level_is_that_of_the_run(kernel: Kernel) -> None:
-    reply = kernel.ok("%%ddp --cpus 1 --env TORCH_DISTRIBUTED_DEBUG=DETAIL\nimport torch.distributed as d\nprint(d.get_debug_level())")
+    reply = kernel.ok(
+        "%%ddp --cpus 1 --env TORCH_DISTRIBUTED_DEBUG=DETAIL\nimport torch.distributed as d\nprint(d.get_debug_level())"
+    )
     assert "DebugLevel.DETAIL" in reply.text
 
 
@@ -121,7 +147,8 @@ def test_nothing_of_the_launcher_is_open_in_a_rank(kernel: Kernel) -> None:
     reply = kernel.ok(
         "%%ddp --cpus 2 --no-init\nimport os, contextlib\nlinks = []\nfor n in os.listdir('/proc/self/fd'):\n"
         "    with contextlib.suppress(FileNotFoundError):\n        links.append(os.readlink(f'/proc/self/fd/{n}'))\n"
-        "print(sum(l.startswith('socket') for l in links), sum('event' in l for l in links), os.readlink('/proc/self/fd/0'))"
+        "print(sum(l.startswith('socket') for l in links), sum('event' in l for l in links), "
+        "os.readlink('/proc/self/fd/0'))"
     )
     # One socket: to the notebook.
     assert reply.lines == [f"[rank {rank}] 1 0 /dev/null" for rank in (0, 1)]
@@ -129,7 +156,9 @@ def test_nothing_of_the_launcher_is_open_in_a_rank(kernel: Kernel) -> None:
 
 def test_main_is_the_script_and_the_interpreter_is_not_interactive(kernel: Kernel) -> None:
     reply = kernel.ok(
-        "%%ddp --cpus 1\nimport sys, __main__\nx = 5\nprint(__main__.x, __name__, vars(__main__) is globals(), hasattr(sys, 'ps1'), len(sys.argv), get_ipython() is not None)"
+        "%%ddp --cpus 1\nimport sys, __main__\nx = 5\n"
+        "print(__main__.x, __name__, vars(__main__) is globals(), hasattr(sys, 'ps1'), "
+        "len(sys.argv), get_ipython() is not None)"
     )
     assert reply.text == "[rank 0] 5 __main__ True False 1 True\n"
 
@@ -143,24 +172,32 @@ SELF_INITIALISED = """
 import os, torch, torch.distributed as dist
 from torch.distributed import init_process_group, destroy_process_group
 def setup(backend):
-    init_process_group(backend, init_method="env://", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    init_process_group(backend, init_method="env://", rank=rank, world_size=world_size)
 """
 
 
-@pytest.mark.parametrize("call", ["setup('gloo')", "init_process_group('gloo')", "dist.init_process_group(backend='gloo')"])
+@pytest.mark.parametrize(
+    "call", ["setup('gloo')", "init_process_group('gloo')", "dist.init_process_group(backend='gloo')"]
+)
 def test_code_that_initialises_the_group_itself_runs_unchanged(kernel: Kernel, call: str) -> None:
     kernel.ok(SELF_INITIALISED)
     reply = kernel.ok(
-        f"%%ddp --cpus 2\n{call}\ndist.barrier()\nt = torch.ones(1)\ndist.all_reduce(t)\nprint(t.item())\ndestroy_process_group()"
+        f"%%ddp --cpus 2\n{call}\ndist.barrier()\nt = torch.ones(1)\ndist.all_reduce(t)\n"
+        f"print(t.item())\ndestroy_process_group()"
     )
     assert reply.lines == ["[rank 0] 2.0", "[rank 1] 2.0"]
 
 
 def test_data_loader_workers(kernel: Kernel) -> None:
-    kernel.ok("import torch\nclass Data(torch.utils.data.Dataset):\n    def __len__(self): return 6\n    def __getitem__(self, i): return torch.tensor(i)")
+    kernel.ok(
+        "import torch\nclass Data(torch.utils.data.Dataset):\n"
+        "    def __len__(self): return 6\n    def __getitem__(self, i): return torch.tensor(i)"
+    )
     for context in ("fork", "spawn", "forkserver"):
         reply = kernel.ok(
-            f"%%ddp --cpus 2\nloader = torch.utils.data.DataLoader(Data(), num_workers=1, multiprocessing_context='{context}')\n"
+            f"%%ddp --cpus 2\n"
+            f"loader = torch.utils.data.DataLoader(Data(), num_workers=1, multiprocessing_context='{context}')\n"
             "print(sum(b.item() for b in loader))"
         )
         assert reply.lines == ["[rank 0] 15", "[rank 1] 15"], context
@@ -185,7 +222,10 @@ def test_a_model_that_comes_back_is_of_the_notebooks_class(kernel: Kernel) -> No
 
 def test_sources_of_notebook_code_are_known_in_the_rank(kernel: Kernel) -> None:
     kernel.ok("import inspect, torch\ndef double(x):\n    # commented\n    return x * 2")
-    reply = kernel.ok("%%ddp --cpus 1\nprint('commented' in inspect.getsource(double))\nprint(torch.jit.script(double)(torch.ones(1)).item())")
+    reply = kernel.ok(
+        "%%ddp --cpus 1\nprint('commented' in inspect.getsource(double))\n"
+        "print(torch.jit.script(double)(torch.ones(1)).item())"
+    )
     assert reply.text.splitlines() == ["[rank 0] True", "[rank 0] 2.0"]
 
 
@@ -197,7 +237,8 @@ def test_the_cells_own_source_is_known(kernel: Kernel) -> None:
 def test_tensors_are_shared_copy_on_write(kernel: Kernel) -> None:
     kernel.ok("import torch\nbig = torch.zeros(1 << 20)\nview = big[10:20]")
     reply = kernel.ok(
-        "%%ddp --cpus 2\nbig[10] = rank + 1\nprint(view[0].item(), big.sum().item(), big.untyped_storage().data_ptr() == view.untyped_storage().data_ptr())"
+        "%%ddp --cpus 2\nbig[10] = rank + 1\n"
+        "print(view[0].item(), big.sum().item(), big.untyped_storage().data_ptr() == view.untyped_storage().data_ptr())"
     )
     assert reply.lines == ["[rank 0] 1.0 1.0 True", "[rank 1] 2.0 2.0 True"]
     assert kernel.get("big.sum().item()") == 0.0

@@ -18,10 +18,25 @@ from tests.kernel import Kernel
 
 
 def torchrun(path: Path, *, ranks: int = 2, **env: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--rdzv-backend", "nbddp", "--rdzv-endpoint", "127.0.0.1:0"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        str(ranks),
+        "--rdzv-backend",
+        "nbddp",
+        "--rdzv-endpoint",
+        "127.0.0.1:0",
+    ]
     command += ["--log-dir", str(path.parent / "logs")]
     return subprocess.run(
-        [*command, str(path)], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **env}, timeout=120, check=False
+        [*command, str(path)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **env},
+        timeout=120,
+        check=False,
     )
 
 
@@ -30,7 +45,8 @@ def test_a_kept_script_runs_under_plain_torchrun(kernel: Kernel, tmp_path: Path,
     path = tmp_path / "kept script.py"
     (tmp_path / "near.py").write_text("VALUE = 'found'\n")
     kernel.ok(
-        f"import torch, sys\nsys.path.insert(0, {str(tmp_path)!r})\nimport near, torch.distributed as dist\nw = torch.ones({size})\n"
+        f"import torch, sys\nsys.path.insert(0, {str(tmp_path)!r})\n"
+        f"import near, torch.distributed as dist\nw = torch.ones({size})\n"
         "class Net:\n    def total(self, w): return w.sum()"
     )
     cell = "t = Net().total(w) * (rank + 1)\ndist.all_reduce(t)\nprint(f'total {int(t)} {near.VALUE} {device}\\n', end='')\nt"
@@ -59,7 +75,7 @@ def test_a_kept_script_fails_as_a_script_does(kernel: Kernel, tmp_path: Path) ->
 
 def test_dry_run_can_keep_the_script(kernel: Kernel, tmp_path: Path) -> None:
     path = tmp_path / "kept.py"
-    kernel.ok(f"%%ddp --cpus 2 --dry-run --keep-script {path}\nprint('from', rank)")
+    kernel.ok(f"%%ddp --cpus 2 --dry-run --keep-script {path}\nprint(f'from {{rank}}\\n', end='')")
     assert sorted(torchrun(path).stdout.split("\n")) == ["", "from 0", "from 1"]
 
 
@@ -111,8 +127,10 @@ def test_large_data_is_not_in_the_script(tmp_path: Path) -> None:
 
 
 def test_the_script_of_a_run_is_deleted(kernel: Kernel) -> None:
-    reply = kernel.ok("%%ddp --cpus 1\nimport os, __main__\nfolder = os.path.dirname(__main__.__file__)\n"
-                      "print(__main__.__file__, oct(os.stat(folder).st_mode), oct(os.stat(__main__.__file__).st_mode))")
+    reply = kernel.ok(
+        "%%ddp --cpus 1\nimport os, __main__\nfolder = os.path.dirname(__main__.__file__)\n"
+        "print(__main__.__file__, oct(os.stat(folder).st_mode), oct(os.stat(__main__.__file__).st_mode))"
+    )
     path, folder_mode, mode = reply.text.removeprefix("[rank 0] ").split()
     assert folder_mode.endswith("700")
     assert mode.endswith("600")
@@ -128,7 +146,9 @@ def test_hostile_names_of_the_temporary_directory(new_kernel: Callable[..., Kern
     folder = private_folders / ("with space % ' \" ü {x} " + "x" * 100)
     folder.mkdir()
     kernel = new_kernel(env={"TMPDIR": str(folder)}, cwd=str(private_folders))
-    reply = kernel.ok("%%ddp --cpus 2 --out path\nimport __main__\npath = __main__.__file__\nprint(path.count('x' * 100))")
+    reply = kernel.ok(
+        "%%ddp --cpus 2 --out path\nimport __main__\npath = __main__.__file__\nprint(path.count('x' * 100))"
+    )
     assert reply.lines == ["[rank 0] 1", "[rank 1] 1"]
     assert kernel.get("path").startswith(str(folder))
     kernel.close()

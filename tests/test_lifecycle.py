@@ -1,0 +1,373 @@
+"""Loading, unloading, the launcher's life, and what must never be left or opened."""
+
+from __future__ import annotations
+
+import ast
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+import nbddp
+from nbddp import _paths, _process
+from nbddp._paths import RunDir, Session, sweep
+from tests.kernel import Kernel
+
+PACKAGE = Path(nbddp.__file__).parent
+
+SHELL_STATE = """
+import gc, os, signal, sys, threading, atexit
+def descriptors():
+    links = [os.readlink(e.path) for e in os.scandir("/proc/self/fd") if os.path.islink(e.path)]
+    return len([link for link in links if "sqlite" not in link])  # IPython's history comes and goes
+def shell_state():
+    ip = get_ipython()
+    return {
+        "line": sorted(ip.magics_manager.magics["line"]),
+        "cell": sorted(ip.magics_manager.magics["cell"]),
+        "registry": sorted(ip.magics_manager.registry),
+        "transformers": [str(f) for f in ip.input_transformers_cleanup],
+        "configurables": len(ip.configurables),
+        "events": {k: len(v) for k, v in ip.events.callbacks.items()},
+        "handlers": [str(signal.getsignal(s)) for s in (2, 15, 17)],
+        "threads": threading.active_count(),
+        "environment": dict(os.environ),
+        "descriptors": descriptors(),
+        "names": sorted(n for n in ip.user_ns if not n.startswith("_") and n != "state"),
+    }
+"""
+
+
+def test_load_unload_load_leaves_the_shell_as_it_was(new_kernel: Callable[..., Kernel]) -> None:
+    kernel = new_kernel(load=False)
+    kernel.ok("import nbddp._magic\n%load_ext storemagic")  # what stays imported; IPython's own magics are lazy
+    kernel.ok(SHELL_STATE)
+    kernel.ok("state = [shell_state()]")
+    for _ in range(2):
+        kernel.ok("%load_ext nbddp")
+        assert kernel.ok("%%ddp --cpus 1\nprint('fine')").text == "[rank 0] fine\n"
+        kernel.ok("%unload_ext nbddp")
+        kernel.ok("state.append(shell_state())")
+    assert (
+        kernel.get(
+            "state[0] == state[1] == state[2] or [k for k in state[0] if not state[0][k] == state[1][k] == state[2][k]]"
+        )
+        is True
+    )
+    assert "not found" in kernel.run("%%ddp --cpus 1\npass").text
+    kernel.ok("%load_ext nbddp")
+    kernel.ok("%reload_ext nbddp")
+    assert kernel.ok("%%ddp --cpus 1\nprint('again')").text == "[rank 0] again\n"
+
+
+def test_loading_returns_at_once(new_kernel: Callable[..., Kernel]) -> None:
+    kernel = new_kernel(load=False)
+    assert kernel.ok("%load_ext nbddp").seconds < 0.5
+    assert kernel.get("'torch' in __import__('sys').modules") is False
+
+
+def test_importing_nbddp_imports_neither_torch_nor_ipython() -> None:
+    heavy = ("torch", "IPython", "numpy", "cloudpickle", "argparse")
+    code = f"import sys, nbddp; print([m for m in {heavy} if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
+
+
+def test_the_rendezvous_module_is_light() -> None:
+    # Every torchrun on the machine imports it.
+    code = "import sys, nbddp._rendezvous as r; print('torch' in sys.modules, sum(m.startswith('nbddp') for m in sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "False 3\n"
+
+
+def test_public_names() -> None:
+    assert nbddp.__all__ == sorted(nbddp.__all__)
+    for name in nbddp.__all__:
+        assert getattr(nbddp, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = nbddp.nothing
+
+
+def launcher_of(kernel: Kernel) -> psutil.Process:
+    return next(p for p in psutil.Process(kernel.pid).children() if "nbddp._launcher" in " ".join(p.cmdline()))
+
+
+def test_the_idle_launcher_has_one_thread_and_has_imported_what_ranks_need(kernel: Kernel) -> None:
+    kernel.ok("%%ddp --cpus 1\npass")
+    deadline = time.monotonic() + 20
+    text = ""
+    while "dynamo" not in text and time.monotonic() < deadline:
+        text = kernel.ok(
+            "%%ddp --cpus 1\nimport sys\nprint(*[m for m in ('torch._dynamo', 'stack_data') if m in sys.modules])"
+        ).text
+    assert text == "[rank 0] torch._dynamo stack_data\n"
+    assert launcher_of(kernel).num_threads() == 1
+
+
+def test_the_launcher_does_not_grow(kernel: Kernel) -> None:
+    for _ in range(3):
+        kernel.ok("%%ddp --cpus 2\npass")
+    launcher = launcher_of(kernel)
+    time.sleep(0.5)
+    before = launcher.num_fds(), launcher.memory_info().rss
+    for _ in range(30):
+        kernel.ok("%%ddp --cpus 2\npass")
+    deadline = time.monotonic() + 5
+    while (launcher.children() or launcher.num_fds() != before[0]) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert launcher.num_fds() == before[0]
+    assert launcher.memory_info().rss - before[1] < 5e6
+
+
+def test_the_kernel_does_not_grow(kernel: Kernel) -> None:
+    kernel.ok(SHELL_STATE)
+    kernel.ok("for _ in range(3): get_ipython().run_cell_magic('ddp', '--cpus 1', 'pass')")
+    before = kernel.get("descriptors()")
+    kernel.ok("for _ in range(20): get_ipython().run_cell_magic('ddp', '--cpus 1', 'pass')")
+    assert kernel.get("descriptors()") == before
+
+
+def test_only_the_loopback_interface_is_listened_on(kernel: Kernel) -> None:
+    kernel.ok("import torch.distributed as dist, torch")
+    seen: list[tuple[str, int]] = []
+
+    def look() -> None:
+        for process in [launcher_of(kernel), *launcher_of(kernel).children(recursive=True)]:
+            seen.extend((c.laddr.ip, process.pid) for c in process.net_connections() if c.status == psutil.CONN_LISTEN)
+
+    kernel.run_and(
+        "%%ddp --cpus 2\nimport time\nprint('up', flush=True)\ndist.barrier()\ntime.sleep(1.5)",
+        "[rank 1] up",
+        lambda: (time.sleep(0.5), look()),
+    )
+    assert len(seen) >= 3  # the store's, and each rank's for gloo
+    assert {ip for ip, _ in seen} == {"127.0.0.1"}
+
+
+def test_what_a_stranger_puts_into_the_store_is_not_unpickled(kernel: Kernel, tmp_path: Path) -> None:
+    """Any local user can reach the port of the store; torchrun's own rendezvous would run this payload."""
+    target = tmp_path / "owned"
+
+    class Payload:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.system, (f"touch {target}",)
+
+    evil = pickle.dumps(Payload())
+
+    def attack(port: int) -> None:
+        from datetime import timedelta
+
+        from torch.distributed import TCPStore
+
+        store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
+        import base64
+
+        for key in (
+            "torch.rendezvous.nbddp",
+            "torch.rendezvous.none",
+            "nbddp",
+            "/",
+            "torchelastic/agent/terminal_state",
+        ):
+            store.set(key, evil)
+            store.set(f"{key}.b64", base64.b64encode(evil))
+
+    kernel.ok("import os, torch.distributed as dist")
+
+    def act() -> None:
+        deadline = time.monotonic() + 10
+        while time.monotonic() < deadline:
+            for process in launcher_of(kernel).children(recursive=True):
+                for c in process.net_connections():
+                    if c.status == psutil.CONN_LISTEN and process.ppid() == launcher_of(kernel).pid:
+                        attack(c.laddr.port)
+                        return
+            time.sleep(0.05)
+        raise AssertionError("the store's port was not found")
+
+    reply = kernel.run_and(
+        "%%ddp --cpus 2\nimport time\nprint('up')\ntime.sleep(2)\ndist.barrier()\nprint('done')", "[rank 1] up", act
+    )
+    assert "[rank 0] done" in reply.text
+    assert not target.exists()
+
+
+def test_only_files_are_unpickled() -> None:
+    """In the whole package there is one call that unpickles, and what calls it reads files of the run directory."""
+    unpickling = []
+    for path in PACKAGE.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                called = f"{node.value.id}.{node.attr}"
+                if called.startswith(("pickle.", "cloudpickle.", "torch.")) and called.endswith(
+                    ("load", "loads", "Unpickler")
+                ):
+                    unpickling.append((path.name, called))
+    assert unpickling == [("_pickling.py", "pickle.loads")]
+
+
+def test_everything_is_private(kernel: Kernel) -> None:
+    reply = kernel.ok(
+        "%%ddp --cpus 1\nimport os, __main__\nrun = os.path.dirname(__main__.__file__)\n"
+        "for name in (os.path.dirname(run), run, run + '/cell.py', run + '/socket'):\n"
+        "    print(oct(os.stat(name).st_mode)[-3:])"
+    )
+    assert reply.text.split()[2::3] == ["700", "700", "600", "600"]
+    session = kernel.get("__import__('nbddp')._function.client.session.root")
+    assert oct(os.stat(session).st_mode)[-3:] == "700"
+    shm = Path("/dev/shm", os.path.basename(session))
+    assert oct(shm.stat().st_mode)[-3:] == "700"
+
+
+def test_a_killed_launcher_is_replaced(new_kernel: Callable[..., Kernel]) -> None:
+    kernel = new_kernel()
+    kernel.ok("%%ddp --cpus 1\npass")
+    launcher_of(kernel).kill()
+    assert kernel.ok("%%ddp --cpus 1\nprint('fine')").text == "[rank 0] fine\n"
+
+
+def test_a_kernel_killed_while_the_launcher_imports(new_kernel: Callable[..., Kernel]) -> None:
+    kernel = new_kernel()
+    process = launcher_of(kernel)
+    kernel.kill()
+    process.wait(timeout=10)
+
+
+def test_a_restarted_kernel_starts_afresh(new_kernel: Callable[..., Kernel]) -> None:
+    kernel = new_kernel()
+    kernel.client.execute("%%ddp --cpus 2\nimport time\ntime.sleep(100)")
+    time.sleep(2.5)
+    processes = psutil.Process(kernel.pid).children(recursive=True)
+    assert len(processes) >= 4
+    kernel._manager.restart_kernel(now=True)
+    _, alive = psutil.wait_procs(processes, timeout=5)
+    assert not alive
+
+
+def test_leftovers_of_killed_processes_are_swept() -> None:
+    code = (
+        "import os, signal; from nbddp._paths import Session; s = Session(); s.new_run(); print(s.root, flush=True); "
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    root = run.stdout.strip()
+    live = Session()
+    assert os.path.isdir(root)
+    assert os.path.isdir(f"/dev/shm/{os.path.basename(root)}")
+    assert os.path.basename(root) in sweep()
+    assert not os.path.exists(root)
+    assert not os.path.exists(f"/dev/shm/{os.path.basename(root)}")
+    assert os.path.isdir(live.root)
+    live.close()
+    assert not os.path.exists(live.root)
+
+
+def test_processes_that_outlived_everything_are_swept(new_kernel: Callable[..., Kernel]) -> None:
+    kernel = new_kernel()
+    kernel.client.execute(
+        "%%ddp --cpus 1\nimport subprocess, time\n"
+        "subprocess.Popen(['sleep', '1002'], start_new_session=True)\nprint('up')\n"
+        "time.sleep(100)"
+    )
+    deadline = time.monotonic() + 20
+    sleepers: list[psutil.Process] = []
+    while not sleepers and time.monotonic() < deadline:
+        sleepers = [p for p in psutil.Process(kernel.pid).children(recursive=True) if p.name() == "sleep"]
+        time.sleep(0.05)
+    launcher = launcher_of(kernel)
+    # All at once: nobody is left to clean up.
+    for pid in (launcher.pid, kernel.pid):
+        os.kill(pid, signal.SIGSTOP)
+    for pid in (launcher.pid, kernel.pid):
+        os.kill(pid, signal.SIGKILL)
+    time.sleep(0.5)
+    assert sleepers[0].is_running()
+    new_kernel()
+    sleepers[0].wait(timeout=5)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Path:
+    """A file system of 64 kB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "none", str(folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if mounted.returncode:
+        pytest.skip(f"NOT TESTED: a full disk; mounting one takes root: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def fill(folder: Path) -> None:
+    with open(folder / "filler", "wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"x" * 512)
+        except OSError:
+            pass
+
+
+def test_a_full_temporary_directory(new_kernel: Callable[..., Kernel], small_disk: Path) -> None:
+    kernel = new_kernel(load=False)
+    kernel.ok(f"import tempfile\ntempfile.tempdir = {str(small_disk)!r}\nx = 'kept'")
+    kernel.ok("%load_ext nbddp")
+    assert kernel.ok("%%ddp --cpus 1\nprint('fits')").text == "[rank 0] fits\n"
+    fill(small_disk)
+    reply = kernel.run("%%ddp --cpus 1\nprint(x)")
+    assert reply.error == "LaunchError"
+    assert "no space left on device" in reply.message
+    assert "Either make room there, or set TMPDIR to another folder" in reply.message
+    assert kernel.get("x") == "kept"
+    (small_disk / "filler").unlink()
+    assert kernel.ok("%%ddp --cpus 1\nprint(x)").text == "[rank 0] kept\n"
+
+
+def test_a_read_only_temporary_directory(new_kernel: Callable[..., Kernel], small_disk: Path) -> None:
+    kernel = new_kernel(load=False)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    kernel.ok(f"import tempfile\ntempfile.tempdir = {str(small_disk)!r}")
+    kernel.ok("%load_ext nbddp")
+    reply = kernel.run("%%ddp --cpus 1\nprint(1)")
+    assert reply.error == "LaunchError"
+    assert reply.message.startswith(f"cannot make a session directory in {small_disk}: read-only file system.")
+
+
+def test_data_goes_to_memory_if_there_is_room_else_to_disk_else_nowhere(
+    monkeypatch: pytest.MonkeyPatch, small_disk: Path
+) -> None:
+    session = Session()
+    run = session.new_run()
+    assert run.data("x", 1000).startswith("/dev/shm/")
+    monkeypatch.setattr(_paths, "_SHM", str(small_disk))
+    (small_disk / session.name).mkdir()
+    run = RunDir.from_environment(run.root)
+    assert run.data("x", 1000).startswith(session.root)
+    with pytest.raises(
+        _paths.LaunchError, match=r"no room for 135.2 TB of data: there are .* in .*small and .* in .* free"
+    ):
+        run.data("x", 123 << 40)
+    monkeypatch.undo()
+    session.close()
+
+
+def test_cores_and_oom_kills_can_be_asked_for() -> None:
+    assert 1 <= _process.usable_cores() <= (os.cpu_count() or 1)
+    assert _process.oom_kills() >= 0
+
+
+def test_typed_and_complete() -> None:
+    assert (PACKAGE / "py.typed").exists()
+    for path in PACKAGE.glob("*.py"):
+        assert ast.get_docstring(ast.parse(path.read_text())), path
