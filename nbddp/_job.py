@@ -50,7 +50,7 @@ class Job:
         lines: For each name, the lines of the cell that use it.
         out: Names to bring back.
         gather: Whether to bring them back from every rank, not from rank 0 alone.
-        source_of: Returns the lines of a file name that is no file: of a notebook's cell.
+        source_of: Returns the text and the execution count of the cell whose code has a file name; None for files.
         colors: The notebook's traceback colours.
         grace: Seconds that ranks have to end after an interrupt.
     """
@@ -62,7 +62,7 @@ class Job:
     lines: Mapping[str, Sequence[int]] = field(default_factory=dict)
     out: tuple[str, ...] = ()
     gather: bool = False
-    source_of: Callable[[str], Sequence[str]] = lambda _: ()
+    source_of: Callable[[str], tuple[str, int | None] | None] = lambda _: None
     colors: str = ""
     grace: float = GRACE_SECONDS
 
@@ -155,9 +155,10 @@ class _Attempt:
             closure = _closure.capture(job.names, job.namespace, job.lines)
         times["captured"] = time.monotonic()
         devices = _devices.choose(job.options, env, lambda: _count_gpus(self.client, env, gate))
-        for note in (devices.note, *closure.notes):
-            if note:
-                self.say(note)
+        if devices.note:
+            self.say(devices.note)
+        for wrapper in dict.fromkeys(closure.unwrapped):
+            self.say(f"nbddp: {wrapper} was unwrapped: its .module is sent; wrap it again in the cell")
         script = _script(job, devices, closure)
         if (path := job.options.keep_script) is not None:
             _export(script, path)
@@ -169,8 +170,8 @@ class _Attempt:
             ending = self._run(devices, run_dir)
             with gate.open():
                 results = _results(job, ending, closure)
-            for note in (ending.ranks[0].outcome or {}).get("notes", ()):
-                self.say(note)
+            for wrapper in dict.fromkeys((ending.ranks[0].outcome or {}).get("unwrapped", ())):
+                self.say(f"nbddp: {wrapper} was unwrapped: its .module came back")
             times |= ending.times | {"results loaded": time.monotonic()}
             return Finished(results, ending.value, times)
         finally:
@@ -287,7 +288,7 @@ def _count_gpus(client: _client.Client, env: Mapping[str, str], gate: InterruptG
 
 
 def _script(job: Job, devices: _devices.Devices, closure: Snapshot) -> Script:
-    sources = {name: lines for name in sorted(closure.sources) if (lines := job.source_of(name))}
+    sources = {name: source for name in sorted(closure.sources) if (source := job.source_of(name)) is not None}
     setup = Setup(
         init=job.options.init,
         backend=job.options.backend,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import linecache
 import os
 import sys
 from collections.abc import Sequence
@@ -114,10 +115,15 @@ class DDPMagics(Magics):
             options=options,
             lines=uses.taken,
             out=options.out,
-            source_of=_source_of,
+            source_of=self._source_of,
             colors=str(shell.colors),
             grace=self.grace,
         )
+
+    def _source_of(self, filename: str) -> tuple[str, int | None] | None:
+        """Return a cell's text and execution count by the file name of its code; None for real files."""
+        lines = () if os.path.exists(filename) else linecache.getlines(filename)
+        return ("".join(lines), getattr(self.shell.compile, "_filename_map", {}).get(filename)) if lines else None
 
     def _check_out(self, out: Sequence[str], uses: _names.Uses) -> None:
         """Refuse names that the cell cannot bind, before hours of training rather than after.
@@ -172,13 +178,6 @@ LINE_HELP = """\
 
 # "Docstring" of %%ddp? is what users read first.
 DDPMagics.ddp.__doc__ = f"{help_text()}\n{LINE_HELP}"
-
-
-def _source_of(filename: str) -> Sequence[str]:
-    """Return the lines of a notebook cell by the file name of its code; nothing for real files."""
-    import linecache
-
-    return () if os.path.exists(filename) else linecache.getlines(filename)
 
 
 def _complete(shell: Any, event: Any) -> Sequence[str]:

@@ -59,7 +59,7 @@ class Snapshot:
         buffers: Out-of-band buffers in the order of the stream; they still share memory with the objects.
         met: Classes and functions that went by value, in the order in which they were met.
         sources: File names of the code objects that went by value.
-        notes: What the user should know about how something was sent, a line each.
+        unwrapped: Types of wrappers, such as DDP, whose ``.module`` went in their place.
         keep: What must not be freed while `buffers` are read.
     """
 
@@ -67,7 +67,7 @@ class Snapshot:
     buffers: list[memoryview]
     met: list[Any]
     sources: set[str]
-    notes: list[str]
+    unwrapped: list[str]
     keep: list[Any]
 
     @property
@@ -245,7 +245,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
         self._received = {id(obj): key for key, obj in (received or {}).items()}
         self._buffers: list[memoryview] = []
         self._sources: set[str] = set()
-        self._notes: list[str] = []
+        self._unwrapped: list[str] = []
         self._keep: list[Any] = []
         # cloudpickle pickles functions with the globals that this table has for theirs (undocumented; a test holds
         # it). It compares the entry with an empty dict, which an object of another type never equals.
@@ -270,7 +270,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
             Exception: Whatever the objects' own methods raise, most often TypeError or PicklingError.
         """
         self.dump(_Names(self, names))
-        return Snapshot(self._file.getvalue(), self._buffers, self.met, self._sources, self._notes, self._keep)
+        return Snapshot(self._file.getvalue(), self._buffers, self.met, self._sources, self._unwrapped, self._keep)
 
     def _keep_in_band(self, buffer: pickle.PickleBuffer) -> bool:
         view = buffer.raw()
@@ -295,9 +295,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
                 self.met.append(obj)
             return reduced
         if self._wrapper is not None and issubclass(kind, self._wrapper):
-            self._notes.append(
-                f"nbddp: {kind.__name__} unwrapped: its .module was sent; wrap it again where it is used"
-            )
+            self._unwrapped.append(kind.__name__)
             return _identity, (obj.module,)
         return NotImplemented
 

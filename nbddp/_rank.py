@@ -164,7 +164,7 @@ def restore(
     *,
     cell: str,
     path: list[str],
-    sources: Mapping[str, str],
+    sources: Mapping[str, tuple[str, int | None]],
     closure: bytes | str,
     **arguments: Any,
 ) -> None:
@@ -174,14 +174,14 @@ def restore(
         namespace: The script's globals.
         cell: The cell's text.
         path: The notebook's own folders to import from.
-        sources: The text of the notebook's cells by file name.
+        sources: The text of the notebook's cells by file name, and their execution counts.
         closure: A snapshot in base 85, or the name of the file that holds it, relative to the script.
         arguments: The fields of `nbddp._script.Cell` and `Setup`.
     """
     sys.path[:0] = [folder for folder in path if folder not in sys.path]
     in_rank = namespace["__name__"] == "__main__"
     _complete("script started")
-    _state.arguments = {"cell": cell, **arguments}
+    _state.arguments = {"cell": cell, "cells": {name: number for name, (_, number) in sources.items()}, **arguments}
     device = "cpu"
     try:
         if in_rank:
@@ -251,9 +251,9 @@ def _given_names(define: tuple[str, ...], device: str) -> dict[str, Any]:
     return {name: given[name] for name in define}
 
 
-def _show_sources(sources: Mapping[str, str]) -> None:
+def _show_sources(sources: Mapping[str, tuple[str, int | None]]) -> None:
     """Make the text of the notebook's cells known to tracebacks and to ``inspect.getsource``."""
-    for name, text in sources.items():
+    for name, (text, _) in sources.items():
         # Without a modification time, linecache never looks for a file of that name.
         linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
 
@@ -274,6 +274,7 @@ def _run_cell(
     namespace: dict[str, Any],
     *,
     cell: str,
+    cells: Mapping[str, int | None],
     filename: str,
     number: int,
     header: str,
@@ -289,6 +290,7 @@ def _run_cell(
     if _state.notebook is not None:
         shell.publish = _state.notebook.publish
     shell.shows_value = os.environ["RANK"] == "0"
+    shell.name_cells(cells)
     error = shell.run(namespace, cell, filename=filename, number=number, header=header, colors=colors)
     _complete("cell")
     outcome = _outcome(error, shell.traceback)
@@ -355,7 +357,7 @@ def _results(namespace: dict[str, Any], out: tuple[str, ...], *, everywhere: boo
         snapshot.write(path)
     except Exception as error:
         return {"bad_results": f"cannot bring back {', '.join(out)}: {error}"}
-    return {"results": path, "notes": snapshot.notes}
+    return {"results": path, "unwrapped": snapshot.unwrapped}
 
 
 def _leave(outcome: dict[str, Any]) -> None:

@@ -65,7 +65,7 @@ class Script:
         cell: The cell.
         setup: What happens around it.
         closure: The notebook's names.
-        sources: Text of the notebook's cells by file name, for code that came along by value.
+        sources: By file name, the text and the execution count of the cells that code came from by value.
         search_path: Folders of the notebook's own to import from.
         ranks: How many ranks the cell was written for; only mentioned.
     """
@@ -73,7 +73,7 @@ class Script:
     cell: Cell
     setup: Setup
     closure: Snapshot
-    sources: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    sources: Mapping[str, tuple[str, int | None]] = field(default_factory=dict)
     search_path: Sequence[str] = ()
     ranks: int = 1
 
@@ -97,7 +97,9 @@ class Script:
             ranks=self.ranks,
             cell=_literal(self.cell.source),
             arguments="".join(f"    {name}={value!r},\n" for name, value in arguments.items()),
-            sources="".join(f"        {name!r}: {_literal(''.join(lines))},\n" for name, lines in self.sources.items()),
+            sources="".join(
+                f"        {name!r}: ({_literal(text)}, {n}),\n" for name, (text, n) in self.sources.items()
+            ),
             closure=f"{closure!r}",
         )
 

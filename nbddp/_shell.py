@@ -18,7 +18,7 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -147,6 +147,16 @@ class RankShell(InteractiveShell):
         except Exception:  # a __str__ that raises, source that is gone
             pass
         return tuple(line.rstrip("\n") for line in traceback.format_exception(kind, value, tb))
+
+    def name_cells(self, cells: Mapping[str, int | None]) -> None:
+        """Have tracebacks call the notebook's cells ``In[N]``, as they do there.
+
+        Args:
+            cells: Execution counts by file name.
+        """
+        # IPython 7 has no such table: there, the file names themselves say it.
+        numbers = getattr(self.compile, "_filename_map", {})
+        numbers.update({name: number for name, number in cells.items() if number is not None})
 
     def run(
         self,

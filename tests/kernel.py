@@ -82,7 +82,9 @@ class Kernel:
         self._manager = KernelManager(kernel_name="python3")
         full = {**os.environ, **(env or {})}
         self._manager.start_kernel(
-            env={k: v for k, v in full.items() if v is not None}, cwd=cwd or os.environ["TMPDIR"]
+            env={k: v for k, v in full.items() if v is not None},
+            cwd=cwd or os.environ["TMPDIR"],
+            extra_arguments=["--log-level=ERROR"],
         )
         self.client = self._manager.blocking_client()
         self.client.start_channels()

@@ -216,7 +216,7 @@ def test_a_model_that_comes_back_is_of_the_notebooks_class(kernel: Kernel) -> No
         "%%ddp --cpus 2 --out model,opt\nmodel = torch.nn.parallel.DistributedDataParallel(model)\n"
         "opt = torch.optim.SGD(model.parameters(), lr=1.)\nmodel(torch.ones(1, 2)).sum().backward()\nopt.step()"
     )
-    assert "DistributedDataParallel unwrapped" in reply.text
+    assert reply.text == "nbddp: DistributedDataParallel was unwrapped: its .module came back\n"
     assert kernel.get("type(model) is Net, opt.param_groups[0]['params'][0] is model.weight") == (True, True)
 
 

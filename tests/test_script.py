@@ -49,7 +49,8 @@ def test_a_kept_script_runs_under_plain_torchrun(kernel: Kernel, tmp_path: Path,
         f"import near, torch.distributed as dist\nw = torch.ones({size})\n"
         "class Net:\n    def total(self, w): return w.sum()"
     )
-    cell = "t = Net().total(w) * (rank + 1)\ndist.all_reduce(t)\nprint(f'total {int(t)} {near.VALUE} {device}\\n', end='')\nt"
+    cell = "t = Net().total(w) * (rank + 1)\ndist.all_reduce(t)\n"
+    cell += "print(f'total {int(t)} {near.VALUE} {device}\\n', end='')\nt"
     reply = kernel.ok(f"%%ddp --cpus 2 --keep-script '{path}'\n{cell}")
     assert f"torchrun --nproc-per-node 2 {path}" in reply.text
     run = torchrun(path)

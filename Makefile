@@ -1,0 +1,38 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. They make a virtual environment in .venv,
+# and use it again the next time. PYTHON chooses the interpreter, TORCH the release of torch for the demo: the default
+# is the one that the tests pin; nbddp itself only asks for 2.6 or newer.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+.PHONY: demo test check bench clean
+
+demo: .venv/demo
+	.venv/bin/python -m nbddp notebooks/01_quickstart.ipynb
+
+test: .venv/test check
+	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --nbval notebooks
+
+check: .venv/test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+bench: .venv/test
+	.venv/bin/python benchmarks/run.py
+
+.venv/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nbddp needs Python 3.11 or newer; set PYTHON")'
+	$(PYTHON) -m venv .venv
+
+.venv/demo: .venv/bin/python pyproject.toml
+	.venv/bin/python -m pip install --quiet -e '.[demo]' $(TORCH)
+	touch $@
+
+.venv/test: .venv/bin/python pyproject.toml
+	.venv/bin/python -m pip install --quiet -e '.[test,demo]'
+	touch $@
+
+clean:
+	rm -rf .venv

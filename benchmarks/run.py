@@ -1,0 +1,366 @@
+"""nbddp beside bare torchrun, measured in one run: ``python benchmarks/run.py [latency] [first] [memory] [throughput]``.
+
+Every figure that the README quotes is a ratio of two medians that were taken in turn, in the same run on the same
+machine; absolute times move with the machine. ``--write FILE`` leaves the tables as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from jupyter_client.manager import start_new_kernel
+
+# The same code, as the user would write it for torchrun and for a cell.
+IMPORTS = "import os, time, torch, torch.distributed as dist\n"
+SETUP = "dist.init_process_group('gloo')\nrank, world_size = dist.get_rank(), dist.get_world_size()\n"
+TEARDOWN = "\ndist.destroy_process_group()\n"
+
+ALL_REDUCE = "t = torch.ones(1)\ndist.all_reduce(t)\nprint(rank, t.item())"
+
+ONE_STEP = """
+model = torch.nn.parallel.DistributedDataParallel(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 10)))
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+torch.nn.functional.cross_entropy(model(torch.randn(32, 64)), torch.randint(10, (32,))).backward()
+optimizer.step()
+print(rank, 'stepped')
+"""
+
+# Idle after a step, until the file is there.
+IDLE = ONE_STEP + "print('idle', flush=True)\nwhile not os.path.exists({path!r}): time.sleep(0.05)\n"
+
+TRAINING = """
+torch.set_num_threads(1)
+torch.manual_seed(0)
+images, labels = torch.randn(1024, 1, 16, 16), torch.randint(10, (1024,))
+model = torch.nn.Sequential(
+    torch.nn.Conv2d(1, 16, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
+    torch.nn.Conv2d(16, 32, 3, padding=1), torch.nn.ReLU(), torch.nn.MaxPool2d(2),
+    torch.nn.Flatten(), torch.nn.Linear(512, 10),
+)
+model = torch.nn.parallel.DistributedDataParallel(model)
+optimizer = torch.optim.Adam(model.parameters())
+losses = []
+for step in range(330):
+    if step == 30:
+        dist.barrier()
+        began = time.perf_counter()
+    batch = torch.arange(step * 64 + rank * 32, step * 64 + rank * 32 + 32) % 1024
+    optimizer.zero_grad()
+    loss = torch.nn.functional.cross_entropy(model(images[batch]), labels[batch])
+    loss.backward()
+    optimizer.step()
+    losses.append(loss.item())
+dist.barrier()
+if rank == 0:
+    print('RESULT', 300 / (time.perf_counter() - began), ' '.join(value.hex() for value in losses))
+"""
+
+
+@dataclass
+class Table:
+    """A table of results, printed as Markdown."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        widths = [max(len(row[i]) for row in (self.head, *self.rows)) for i in range(len(self.head))]
+
+        def line(cells: tuple[str, ...]) -> str:
+            return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+        ruler = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+        return "\n".join([f"### {self.title}", "", line(self.head), ruler, *map(line, self.rows), ""])
+
+
+class Kernel:
+    """A Jupyter kernel with torch imported, as a notebook has it."""
+
+    def __init__(self) -> None:
+        self._manager, self._client = start_new_kernel(kernel_name="python3", extra_arguments=["--log-level=ERROR"])
+        provisioner: Any = self._manager.provisioner
+        self.pid: int = provisioner.pid
+
+    def run(self, code: str, on_output: Callable[[str], None] = lambda _: None) -> tuple[float, str]:
+        """Run a cell; return the seconds from the request to idle, and what it printed."""
+        text = []
+
+        def collect(message: dict[str, Any]) -> None:
+            content = message["content"]
+            if message["msg_type"] == "stream":
+                text.append(content["text"])
+                on_output(content["text"])
+            elif message["msg_type"] == "error":
+                raise RuntimeError("\n".join(content["traceback"]))
+
+        began = time.perf_counter()
+        self._client.execute_interactive(code, output_hook=collect, timeout=300, allow_stdin=False)
+        return time.perf_counter() - began, "".join(text)
+
+    def warm_up(self) -> None:
+        """Load the extension and wait until the launcher has imported everything."""
+        self.run(IMPORTS + "%load_ext nbddp")
+        launcher = psutil.Process(self.pid).children()[0]
+        before = -1.0
+        while launcher.cpu_times().user != before:
+            before = launcher.cpu_times().user
+            time.sleep(0.5)
+
+    def close(self) -> None:
+        self._client.stop_channels()
+        self._manager.shutdown_kernel()
+
+
+@contextlib.contextmanager
+def kernel() -> Iterator[Kernel]:
+    """Start a kernel and close it."""
+    one = Kernel()
+    try:
+        yield one
+    finally:
+        one.close()
+
+
+class Torchrun:
+    """Bare torchrun on scripts in a folder of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def command(self, body: str, ranks: int) -> list[str]:
+        """Return the command that runs `body` as a script."""
+        script = self._folder / "script.py"
+        script.write_text(IMPORTS + SETUP + body + TEARDOWN)
+        torchrun = shutil.which("torchrun", path=os.path.dirname(sys.executable)) or "torchrun"
+        logs = str(self._folder / "logs")
+        return [torchrun, "--standalone", "--nproc-per-node", str(ranks), "--log-dir", logs, str(script)]
+
+    def run(self, body: str, ranks: int) -> tuple[float, str]:
+        """Run `body`; return the seconds it took and what it printed."""
+        command = self.command(body, ranks)
+        began = time.perf_counter()
+        run = subprocess.run(command, capture_output=True, text=True, check=False, env=environment(ranks))
+        seconds = time.perf_counter() - began
+        if run.returncode:
+            raise RuntimeError(run.stderr)
+        return seconds, run.stdout
+
+
+def environment(ranks: int) -> dict[str, str]:
+    """Return an environment with the thread count that nbddp gives its ranks."""
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    return {**os.environ, "OMP_NUM_THREADS": str(threads)}
+
+
+def ratio_row(name: str, ours: list[float], bare: list[float], goal: str) -> tuple[str, ...]:
+    """Return a row with both medians, their ratio, and the spread of the ratio from pair to pair."""
+    pairs = sorted(a / b for a, b in zip(ours, bare, strict=True))
+    ratio = statistics.median(ours) / statistics.median(bare)
+    spread = f"{pairs[0]:.3f}-{pairs[-1]:.3f}"
+    return name, f"{statistics.median(ours):.3f} s", f"{statistics.median(bare):.3f} s", f"{ratio:.3f}", spread, goal
+
+
+def latency(torchrun: Torchrun, repeat: int) -> list[Table]:
+    """A fresh cell, from the request to the kernel's idle, and bare torchrun on the same code."""
+    table = Table("A fresh cell", ("cell", "nbddp", "torchrun", "ratio", "pairs", "goal"))
+    with kernel() as notebook:
+        notebook.warm_up()
+        for name, body, ranks, goal in (
+            ("all-reduce and print, 2 ranks", ALL_REDUCE, 2, "<= 0.03"),
+            ("all-reduce and print, 8 ranks", ALL_REDUCE, 8, "<= 0.08"),
+            ("model, DDP, optimizer, one step, 2 ranks", ONE_STEP, 2, "<= 0.06"),
+        ):
+            ours, bare = [], []
+            for _ in range(repeat):
+                # Nine cells for one torchrun: their median, so that the pair is as steady as the slower of the two.
+                ours.append(statistics.median(notebook.run(f"%%ddp --cpus {ranks}\n{body}")[0] for _ in range(9)))
+                bare.append(torchrun.run(body, ranks)[0])
+            table.rows.append(ratio_row(name, ours, bare, goal))
+    return [table, breakdown(2), breakdown(8)]
+
+
+def breakdown(ranks: int) -> Table:
+    """Where the time of a fresh cell goes, from inside one process (no kernel, no messages)."""
+    import torch
+    import torch.distributed as dist
+
+    from nbddp import _function, _job
+    from nbddp._options import Options
+    from nbddp._script import Cell
+
+    class Nowhere:
+        def write(self, text: str) -> None:
+            pass
+
+        def publish(self, *_: Any) -> None:
+            pass
+
+    names = {"torch": torch, "dist": dist}
+    job = _job.Job(Cell(ALL_REDUCE, "<cell>", 1), names, names, Options(cpus=ranks))
+    _job.perform(job, _function.client, Nowhere())
+    time.sleep(4)  # the launcher imports the rest
+    stages: dict[str, list[float]] = {}
+    for _ in range(20):
+        times = _job.perform(job, _function.client, Nowhere()).times | {"returned": time.monotonic()}
+        previous = times.pop("began")
+        for stage, at in sorted(times.items(), key=lambda item: item[1]):
+            stages.setdefault(stage, []).append(at - previous)
+            previous = at
+    table = Table(f"Where the time goes, {ranks} ranks", ("until", "milliseconds"))
+    table.rows = [(stage, f"{statistics.median(values) * 1e3:.1f}") for stage, values in stages.items()]
+    total = sum(statistics.median(values) for values in stages.values())
+    table.rows.append(("in all", f"{total * 1e3:.1f}"))
+    return table
+
+
+def first(torchrun: Torchrun, repeat: int) -> list[Table]:
+    """The first cell right after %load_ext, in a fresh kernel."""
+    table = Table("The first cell, %load_ext included", ("cell", "nbddp", "torchrun", "ratio", "pairs", "goal"))
+    ours, bare = [], []
+    for _ in range(repeat):
+        with kernel() as notebook:
+            notebook.run(IMPORTS)
+            began = time.perf_counter()
+            notebook.run("%load_ext nbddp")
+            notebook.run(f"%%ddp --cpus 2\n{ALL_REDUCE}")
+            ours.append(time.perf_counter() - began)
+        bare.append(torchrun.run(ALL_REDUCE, 2)[0])
+    table.rows.append(ratio_row("all-reduce and print, 2 ranks", ours, bare, "<= 1"))
+    return [table]
+
+
+def memory(torchrun: Torchrun, folder: Path) -> list[Table]:
+    """PSS of four idle ranks that have taken a DDP step, with everything that belongs to them."""
+    ranks, stop = 4, folder / "stop"
+    body = IDLE.format(path=str(stop))
+    sizes = {}
+    with kernel() as notebook:
+        notebook.warm_up()
+
+        def measure(text: str) -> None:
+            seen.append(text)
+            if "".join(seen).count("idle") == ranks and not stop.exists():
+                time.sleep(1)
+                launcher = psutil.Process(notebook.pid).children()[0]
+                sizes["nbddp"] = pss([launcher, *launcher.children(recursive=True)])
+                stop.touch()
+
+        seen: list[str] = []
+        notebook.run(f"%%ddp --cpus {ranks}\n{body}", measure)
+    stop.unlink()
+    process = subprocess.Popen(
+        torchrun.command(body, ranks),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(ranks),
+    )
+    assert process.stdout is not None
+    idle = 0
+    for line in process.stdout:
+        idle += line.count("idle")
+        if idle == ranks and not stop.exists():
+            time.sleep(1)
+            agent = psutil.Process(process.pid)
+            sizes["torchrun"] = pss([agent, *agent.children(recursive=True)])
+            stop.touch()
+    process.wait()
+    table = Table(
+        "Memory of four idle DDP ranks, launcher and agent included (PSS)", ("", "nbddp", "torchrun", "ratio", "goal")
+    )
+    ratio = sizes["nbddp"] / sizes["torchrun"]
+    table.rows.append(
+        ("in all", f"{sizes['nbddp'] / 1e6:.0f} MB", f"{sizes['torchrun'] / 1e6:.0f} MB", f"{ratio:.3f}", "<= 0.5")
+    )
+    return [table]
+
+
+def pss(processes: list[psutil.Process]) -> int:
+    """Return the processes' memory, with what several share counted once."""
+    return sum(process.memory_full_info().pss for process in processes)
+
+
+def throughput(torchrun: Torchrun, repeat: int) -> list[Table]:
+    """Training steps a second inside the cell and in the script, and whether they compute the same."""
+    ours, bare, same = [], [], True
+    with kernel() as notebook:
+        notebook.warm_up()
+        for _ in range(repeat):
+            results = []
+            for text in (notebook.run(f"%%ddp --cpus 2\n{TRAINING}")[1], torchrun.run(TRAINING, 2)[1]):
+                line = next(line for line in text.splitlines() if "RESULT" in line)
+                rate, losses = line.split("RESULT ")[1].split(" ", 1)
+                results.append((float(rate), losses))
+            ours.append(results[0][0])
+            bare.append(results[1][0])
+            same = same and results[0][1] == results[1][1]
+    table = Table("Training throughput, 2 ranks", ("steps a second", "nbddp", "torchrun", "ratio", "pairs", "goal"))
+    pairs = sorted(a / b for a, b in zip(ours, bare, strict=True))
+    ratio = statistics.median(ours) / statistics.median(bare)
+    row = (f"{statistics.median(ours):.1f}", f"{statistics.median(bare):.1f}", f"{ratio:.3f}")
+    table.rows.append(("small CNN, 1 thread a rank", *row, f"{pairs[0]:.3f}-{pairs[-1]:.3f}", ">= 0.98"))
+    equal = "equal to the last bit" if same else "DIFFERENT"
+    table.rows.append(("330 losses, equal seeds", equal, "", "", "", "equal"))
+    return [table]
+
+
+def machine() -> str:
+    """Return a line that says what this was measured on."""
+    import torch
+
+    model = next(
+        (ln.split(":")[1].strip() for ln in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in ln), ""
+    )
+    return (
+        f"{len(os.sched_getaffinity(0))} cores ({model}), Python {platform.python_version()}, torch {torch.__version__}"
+    )
+
+
+def main() -> None:
+    """Run the benchmarks that the command line names."""
+    names = ("latency", "first", "memory", "throughput")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", nargs="*", choices=[*names, []], default=[])
+    parser.add_argument("--repeat", type=int, default=5, help="how many pairs of runs a ratio is made of")
+    parser.add_argument("--write", metavar="FILE", help="leave the tables in a file, too")
+    given = parser.parse_args()
+    tables: list[Table] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        torchrun = Torchrun(folder)
+        for which in given.which or names:
+            match which:
+                case "latency":
+                    made = latency(torchrun, given.repeat)
+                case "first":
+                    made = first(torchrun, given.repeat)
+                case "memory":
+                    made = memory(torchrun, folder)
+                case _:
+                    made = throughput(torchrun, given.repeat)
+            for table in made:
+                print(table, flush=True)
+            tables += made
+    if given.write:
+        command = " ".join(["python benchmarks/run.py", *given.which])
+        text = f"# nbddp beside bare torchrun\n\n`{command}` on {machine()}.\n\n" + "\n".join(map(str, tables))
+        Path(given.write).write_text(text)
+
+
+if __name__ == "__main__":
+    main()
