@@ -110,6 +110,11 @@ class Notebook:
                 value=value,
             )
 
+    def begin(self) -> None:
+        """Tell that the cell begins: from here on an interrupt is the cell's to handle."""
+        with self._lock:
+            _wire.send(self._sock, "begin")
+
     def report(self, **outcome: Any) -> None:
         """Tell how the cell ended."""
         with self._lock:
@@ -289,9 +294,9 @@ def _run_cell(
     shell = _shell.the_shell(_state.run_dir.temp if _state.run_dir is not None else None)
     if _state.notebook is not None:
         shell.publish = _state.notebook.publish
+        _state.notebook.begin()
     shell.shows_value = os.environ["RANK"] == "0"
-    shell.name_cells(cells)
-    error = shell.run(namespace, cell, filename=filename, number=number, header=header, colors=colors)
+    error = shell.run(namespace, cell, filename=filename, number=number, header=header, cells=cells, colors=colors)
     _complete("cell")
     outcome = _outcome(error, shell.traceback)
     if outcome["outcome"] == "done":

@@ -146,10 +146,10 @@ def _ranks(ranks: Sequence[int]) -> str:
 def _where(state: RankState, run_dir: RunDir, cell: Cell) -> str:
     """Return a line that says where a rank was when its stack was taken."""
     frames = _frames(_stack_text(state, run_dir))
+    if not state.in_cell:
+        return f"rank {state.rank}: starting"
     if not frames:
-        return (
-            f"rank {state.rank}: {in_short(state)}" if state.outcome or state.ended else f"rank {state.rank}: starting"
-        )
+        return f"rank {state.rank}: {in_short(state)}"
     return f"rank {state.rank}: {_place(frames, cell)}"
 
 

@@ -43,6 +43,7 @@ class RankState:
     Attributes:
         rank: Its number.
         pid: Its process.
+        in_cell: Whether it has begun to run the cell.
         outcome: Its report, once there is one; see `nbddp._rank._outcome`.
         ended: Whether it has said that nothing more comes, or is gone.
         died: When it was seen to be gone without having said so.
@@ -55,6 +56,7 @@ class RankState:
     inbox: _wire.Inbox
     output: int
     pidfd: int | None
+    in_cell: bool = False
     outcome: dict[str, Any] | None = None
     ended: bool = False
     died: float | None = None
@@ -269,13 +271,15 @@ class Run:
             self._killed = True
             return
         for state in alive:
-            if step is Step.INTERRUPT:
+            if step is Step.INTERRUPT and state.in_cell:
                 # The stack first: it is written by the C-level handler, before KeyboardInterrupt unwinds it.
                 _process.signal_main_thread(state.pid, state.pidfd, STACK_SIGNAL)
                 _process.signal_main_thread(state.pid, state.pidfd, signal.SIGINT)
             elif state.outcome is None:
+                # One that is still joining the process group has nothing to clean up, and in there, in C++, it would
+                # not hear of an interrupt.
                 state.stopped = True
-                signum = signal.SIGTERM if step is Step.TERMINATE else signal.SIGKILL
+                signum = signal.SIGKILL if step is Step.KILL_RANKS else signal.SIGTERM
                 _process.send_signal(state.pid, state.pidfd, signum)
         if step is Step.TERMINATE and self._cause != "failed" and alive:
             self._say("nbddp: ranks that did not end are terminated")
@@ -364,9 +368,10 @@ class Run:
         self._watch(output, partial(self._read, state))
         if pidfd is not None:
             self._watch(pidfd, partial(self._see_death, state))
-        if self._cause in ("interrupted", "timeout") and self._ladder is not None:
-            # It came late; what the others were told already is told to it, too.
-            _process.signal_main_thread(state.pid, pidfd, signal.SIGINT)
+        if self._ladder is not None:
+            # It comes late: what the others were told already is told to it, too.
+            state.stopped = True
+            _process.send_signal(state.pid, pidfd, signal.SIGTERM)
         return state
 
     def _hear(self, state: RankState) -> None:
@@ -379,6 +384,8 @@ class Run:
     def _take_from_rank(self, state: RankState, messages: list[_wire.Message]) -> None:
         for message in messages:
             match message["kind"]:
+                case "begin":
+                    state.in_cell = True
                 case "display" if message["value"]:
                     self._value = message["data"], message["metadata"]
                 case "display":

@@ -11,15 +11,16 @@ import ast
 import atexit
 import base64
 import contextlib
+import io
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
+import tokenize
 import traceback
 import warnings
 from collections.abc import Callable, Mapping
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
 from IPython.core.compilerop import CachingCompiler
@@ -107,6 +108,7 @@ class RankShell(InteractiveShell):
     shows_value = True
     cell_is_quiet = False
     traceback: tuple[str, ...] = ()
+    _cells: Mapping[str, int] = MappingProxyType({})
 
     def enable_gui(self, gui: str | None = None) -> None:
         """Accept what ``%matplotlib`` asks for; a rank has no event loop of a user interface."""
@@ -121,7 +123,7 @@ class RankShell(InteractiveShell):
         flush()
         code = subprocess.call(cmd, shell=True, executable=os.environ.get("SHELL"))
         self.user_ns["_exit_code"] = code
-        if self.system_raise_on_error and code != 0:
+        if getattr(self, "system_raise_on_error", False) and code != 0:  # IPython 8.29 and later
             raise subprocess.CalledProcessError(code, cmd)
 
     def showtraceback(self, exc_tuple: Any = None, *_: Any, tb_offset: int | None = None, **__: Any) -> None:
@@ -137,6 +139,20 @@ class RankShell(InteractiveShell):
     def _rendered(
         self, kind: type[BaseException], value: BaseException, tb: TracebackType | None, tb_offset: int | None
     ) -> tuple[str, ...]:
+        # IPython 7 takes every frame of the cell to be in the script, whose file this is.
+        file = self.user_ns.pop("__file__", None)
+        try:
+            lines = self._formatted(kind, value, tb, tb_offset)
+        finally:
+            if file is not None:
+                self.user_ns["__file__"] = file
+        for name, number in self._cells.items():
+            lines = tuple(line.replace(name, f"In[{number}]") for line in lines)
+        return lines
+
+    def _formatted(
+        self, kind: type[BaseException], value: BaseException, tb: TracebackType | None, tb_offset: int | None
+    ) -> tuple[str, ...]:
         try:
             if hasattr(value, "_render_traceback_"):
                 return tuple(value._render_traceback_())
@@ -148,15 +164,11 @@ class RankShell(InteractiveShell):
             pass
         return tuple(line.rstrip("\n") for line in traceback.format_exception(kind, value, tb))
 
-    def name_cells(self, cells: Mapping[str, int | None]) -> None:
-        """Have tracebacks call the notebook's cells ``In[N]``, as they do there.
-
-        Args:
-            cells: Execution counts by file name.
-        """
-        # IPython 7 has no such table: there, the file names themselves say it.
-        numbers = getattr(self.compile, "_filename_map", {})
-        numbers.update({name: number for name, number in cells.items() if number is not None})
+    def _name_cells(self, cells: Mapping[str, int | None]) -> None:
+        """Have tracebacks call the notebook's cells ``In[N]``."""
+        self._cells = {name: number for name, number in cells.items() if number is not None}
+        # Where IPython has this table it does so by itself; elsewhere (IPython 7) the text is replaced.
+        getattr(self.compile, "_filename_map", {}).update(self._cells)
 
     def run(
         self,
@@ -166,6 +178,7 @@ class RankShell(InteractiveShell):
         filename: str,
         number: int,
         header: str,
+        cells: Mapping[str, int | None],
         colors: str,
     ) -> BaseException | None:
         """Run the cell as the notebook would.
@@ -176,6 +189,7 @@ class RankShell(InteractiveShell):
             filename: The name under which its code is compiled.
             number: The notebook's execution count.
             header: What stands above `source` in the notebook's cell.
+            cells: Execution counts of the notebook's other cells, by the file names of their code.
             colors: The notebook's traceback colours.
 
         Returns:
@@ -189,8 +203,8 @@ class RankShell(InteractiveShell):
                 self.colors = colors
         self.compile.cell_name = filename
         self.compile.cell_header = header
-        with contextlib.suppress(Exception):  # an unfinished token: the compiler will say so
-            self.cell_is_quiet = DisplayHook.semicolon_at_end_of_expression(source)
+        self.cell_is_quiet = _ends_with_semicolon(source)
+        self._name_cells({**cells, filename: number})
         # What IPython advises on SystemExit is for a person at a prompt.
         warnings.filterwarnings("ignore", message="To exit: use", category=UserWarning)
         result = self.run_cell(source, store_history=False)
@@ -198,19 +212,29 @@ class RankShell(InteractiveShell):
         return error
 
 
+def _ends_with_semicolon(source: str) -> bool:
+    """Tell whether the last token is a semicolon, by which a cell asks not to show its value."""
+    last = ""
+    with contextlib.suppress(tokenize.TokenError, SyntaxError):  # IPython syntax: what came before it counts
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.string.strip() and token.type != tokenize.COMMENT:
+                last = token.string
+    return last == ";"
+
+
 def the_shell(directory: str | None) -> RankShell:
     """Return this process's shell; if it was not made before the fork, make it.
 
     Args:
-        directory: Where to put its profile; None for a folder that is gone when the process ends.
+        directory: Where to put its profile; None for a folder that is gone at once.
     """
     if RankShell.initialized():
         shell: RankShell = RankShell.instance()
         return shell
-    if directory is None:
-        directory = tempfile.mkdtemp(prefix="ipython-")
-        atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    return make(directory)
+    if directory is not None:
+        return make(directory)
+    with tempfile.TemporaryDirectory(prefix="ipython-") as folder:
+        return make(folder)
 
 
 def make(directory: str) -> RankShell:

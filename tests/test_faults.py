@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable
 
+import IPython
 import psutil
 import pytest
 
@@ -45,8 +46,10 @@ def test_an_exception_in_a_notebook_function_shows_its_source(kernel: Kernel) ->
     kernel.ok("def helper(n):\n    # a comment\n    return [][n]")
     reply = kernel.run("%%ddp --cpus 1\nhelper(3)")
     assert "----> 3     return [][n]" in reply.traceback
-    assert reply.traceback.count("Cell In[") >= 2
-    assert "/tmp" not in reply.traceback
+    assert "In[" in reply.traceback
+    if IPython.version_info >= (8,):  # before that, IPython itself shows the file names of cells
+        assert reply.traceback.count("Cell In[") >= 2
+        assert "/tmp" not in reply.traceback
     assert "----> 2 helper(3)" in reply.traceback
 
 

@@ -242,9 +242,10 @@ def test_a_kernel_killed_while_the_launcher_imports(new_kernel: Callable[..., Ke
 def test_a_restarted_kernel_starts_afresh(new_kernel: Callable[..., Kernel]) -> None:
     kernel = new_kernel()
     kernel.client.execute("%%ddp --cpus 2\nimport time\ntime.sleep(100)")
-    time.sleep(2.5)
-    processes = psutil.Process(kernel.pid).children(recursive=True)
-    assert len(processes) >= 4
+    deadline = time.monotonic() + 20
+    while len(processes := psutil.Process(kernel.pid).children(recursive=True)) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
     kernel._manager.restart_kernel(now=True)
     _, alive = psutil.wait_procs(processes, timeout=5)
     assert not alive

@@ -71,7 +71,7 @@ def test_a_kept_script_fails_as_a_script_does(kernel: Kernel, tmp_path: Path) ->
     run = torchrun(path)
     assert run.returncode == 1
     assert "ValueError: in the cell" in run.stderr
-    assert "line 2" in run.stderr
+    assert "----> 2 raise ValueError('in the cell')" in run.stderr
 
 
 def test_dry_run_can_keep_the_script(kernel: Kernel, tmp_path: Path) -> None:
