@@ -221,6 +221,9 @@ def breakdown(ranks: int) -> Table:
         def publish(self, *_: Any) -> None:
             pass
 
+        def live(self, text: str) -> None:
+            pass
+
     names = {"torch": torch, "dist": dist}
     job = _job.Job(Cell(ALL_REDUCE, "<cell>", 1), names, names, Options(cpus=ranks))
     _job.perform(job, _function.client, Nowhere())

@@ -10,6 +10,7 @@ import ast
 import contextlib
 import linecache
 import os
+import secrets
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -31,6 +32,7 @@ class NotebookScreen:
 
     def __init__(self, shell: Any) -> None:
         self._shell = shell
+        self._live_id: str | None = None
 
     def write(self, text: str) -> None:
         """Show complete lines of text."""
@@ -41,6 +43,14 @@ class NotebookScreen:
         """Show a mime bundle behind the text so far."""
         sys.stdout.flush()
         self._shell.display_pub.publish(data, metadata, transient=transient, update=update)
+
+    def live(self, text: str) -> None:
+        """Show text that replaces what this showed before; of an empty one nothing is left in a saved notebook."""
+        sys.stdout.flush()
+        update = self._live_id is not None
+        self._live_id = self._live_id or secrets.token_hex(8)
+        data = {"text/plain": text} if text else {}
+        self._shell.display_pub.publish(data, {}, transient={"display_id": self._live_id}, update=update)
 
 
 class CellValue:

@@ -4,12 +4,15 @@
 
     pipe ──bytes──> log file                      every byte, for %ddp log
              └────> lines ──labelled──> screen    the first part, live
-                       └──────────────> tail      the last part, at the end
+             │         └──────────────> tail      the last part, at the end
+             └────> unfinished lines ─> screen    of all ranks together, while they last
 
 A line appears when it is complete, behind the label of its rank. What a carriage return takes back is not shown: of a
-progress bar the last state remains. A Jupyter server drops what comes faster than 1 MB/s and its front ends slow to a
-crawl over a few MB in one cell, so a cell shows a bounded amount: its beginning, a line that says what is left out, and
-its end.
+progress bar the last state remains. While it moves it is seen in a place of its own, one line a rank, which is empty
+again at the end: in one stream, the bars of several ranks would overwrite each other.
+
+A Jupyter server drops what comes faster than 1 MB/s, and its front ends slow to a crawl over a few MB in one cell. So a
+cell shows a bounded amount: its beginning, a line that says what is left out, and its end.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import codecs
 import os
 import sys
+import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -26,6 +30,14 @@ from nbddp._paths import format_size
 # Characters that a cell shows as they come, and then of each rank's last lines (shared among the ranks).
 HEAD_LIMIT = 600_000
 TAIL_LIMIT = 200_000
+
+# Seconds until an unfinished line is shown at all, so that a quick cell shows nothing but its lines; and from then on
+# between two looks at it.
+_LIVE_AFTER = 0.5
+_LIVE_EVERY = 0.2
+
+# Characters of an unfinished line that are shown while it moves.
+_LIVE_WIDTH = 200
 
 # A line that never ends must not grow for ever; it is broken here.
 _LINE_LIMIT = 100_000
@@ -40,6 +52,9 @@ class Screen(Protocol):
     def publish(self, data: dict[str, Any], metadata: dict[str, Any], transient: dict[str, Any], update: bool) -> None:
         """Show a mime bundle."""
 
+    def live(self, text: str) -> None:
+        """Show text in the place of what this showed before; an empty one takes it away."""
+
 
 class Terminal:
     """The screen where there is no notebook: ``sys.stdout``."""
@@ -53,6 +68,9 @@ class Terminal:
         """Show the plain text of a mime bundle."""
         if "text/plain" in data:
             self.write(f"{data['text/plain']}\n")
+
+    def live(self, text: str) -> None:
+        """Show nothing: a terminal's one bar cannot be several ranks'."""
 
 
 class RankOutput:
@@ -167,7 +185,11 @@ class RankOutput:
 
 
 class Relay:
-    """The output of all ranks on one screen."""
+    """The output of all ranks on one screen.
+
+    Attributes:
+        due: When `tick` is to be called (``time.monotonic``); infinity if there is no need.
+    """
 
     def __init__(self, ranks: int, logs: str, secret: str, screen: Screen) -> None:
         self._screen = screen
@@ -178,7 +200,10 @@ class Relay:
             for rank in range(ranks)
         ]
         self._displays: dict[tuple[int, int], dict[str, Any]] = {}
-        self._due: list[tuple[int, int]] = []
+        self._marks: list[tuple[int, int]] = []
+        self._live = ""
+        self._live_since = float("-inf")
+        self.due = float("inf")
 
     def feed(self, rank: int, data: bytes) -> None:
         """Show what a rank wrote, as far as it is complete."""
@@ -188,13 +213,27 @@ class Relay:
             elif (rank, item) in self._displays:
                 self._publish(rank, self._displays.pop((rank, item)))
             else:  # the message is still on its way
-                self._due.append((rank, item))
+                self._marks.append((rank, item))
+        if self.due == float("inf") and self._unfinished() != self._live:
+            now = time.monotonic()
+            self.due = max(now, self._live_since + _LIVE_EVERY) if self._live else now + _LIVE_AFTER
+
+    def tick(self) -> None:
+        """Show the unfinished lines as they are now."""
+        self.due = float("inf")
+        text = self._unfinished()
+        if text != self._live:
+            self._live, self._live_since = text, time.monotonic()
+            self._screen.live(text)
+
+    def _unfinished(self) -> str:
+        return "\n".join(o.label + o.current[:_LIVE_WIDTH] for o in self.outputs if o.current)
 
     def display(self, rank: int, message: dict[str, Any]) -> None:
         """Take a display; it is shown where the rank's output has the mark for it."""
         key = (rank, message["number"])
-        if key in self._due:
-            self._due.remove(key)
+        if key in self._marks:
+            self._marks.remove(key)
             self._publish(rank, message)
         else:
             self._displays[key] = message
@@ -203,6 +242,7 @@ class Relay:
         """Show what is left, and say what was left out."""
         for output in self.outputs:
             self._show(output.rank, output.finish())
+        self.tick()
         for key in sorted(self._displays):
             self._publish(key[0], self._displays.pop(key))
         for output in self.outputs:

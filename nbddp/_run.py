@@ -163,7 +163,7 @@ class Run:
             with contextlib.suppress(OSError):
                 self._send("launch", **vars(self._launch))
             while not self._over():
-                self._step(min(self._deadline, self._ladder_due(), self._restart_by or float("inf")))
+                self._step(min(self._deadline, self._ladder_due(), self._restart_by or float("inf"), self._relay.due))
             if self._cause == "done" and self._failures():
                 self._cause = "failed"
             self._name_deaths()
@@ -233,6 +233,8 @@ class Run:
         return self._ladder.due if self._ladder is not None else float("inf")
 
     def _look_at_the_clock(self) -> None:
+        if time.monotonic() >= self._relay.due:
+            self._relay.tick()
         if self._ladder is None and time.monotonic() >= self._deadline:
             self._stop("timeout", Ladder.of_interrupt(self._grace))
         if self._ladder is None and (failed := self._failures()):

@@ -13,6 +13,7 @@ import base64
 import contextlib
 import io
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -109,6 +110,7 @@ class RankShell(InteractiveShell):
     cell_is_quiet = False
     traceback: tuple[str, ...] = ()
     _cells: Mapping[str, int] = MappingProxyType({})
+    _interrupted: bool | None = None
 
     def enable_gui(self, gui: str | None = None) -> None:
         """Accept what ``%matplotlib`` asks for; a rank has no event loop of a user interface."""
@@ -164,6 +166,24 @@ class RankShell(InteractiveShell):
             pass
         return tuple(line.rstrip("\n") for line in traceback.format_exception(kind, value, tb))
 
+    def _hold_interrupts(self) -> None:
+        """Keep an interrupt for the cell: IPython, on its way there, would swallow it and go on."""
+        self._interrupted = False
+
+        def note(*_: Any) -> None:
+            self._interrupted = True
+
+        signal.signal(signal.SIGINT, note)
+
+    async def run_code(self, *args: Any, **kwargs: Any) -> bool:
+        """Run a statement of the cell; from the first on, an interrupt raises KeyboardInterrupt."""
+        if self._interrupted is not None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            held, self._interrupted = self._interrupted, None
+            if held:
+                raise KeyboardInterrupt
+        return bool(await super().run_code(*args, **kwargs))
+
     def _name_cells(self, cells: Mapping[str, int | None]) -> None:
         """Have tracebacks call the notebook's cells ``In[N]``."""
         self._cells = {name: number for name, number in cells.items() if number is not None}
@@ -203,6 +223,7 @@ class RankShell(InteractiveShell):
                 self.colors = colors
         self.compile.cell_name = filename
         self.compile.cell_header = header
+        self._hold_interrupts()
         self.cell_is_quiet = _ends_with_semicolon(source)
         self._name_cells({**cells, filename: number})
         # What IPython advises on SystemExit is for a person at a prompt.

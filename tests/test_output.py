@@ -76,6 +76,21 @@ def test_of_a_progress_bar_the_last_state_remains(kernel: Kernel) -> None:
     assert reply.lines == ["[rank 0] 100% |##########|", "[rank 1] 100% |##########|"]
 
 
+def test_a_progress_bar_moves(kernel: Kernel) -> None:
+    reply = kernel.ok(
+        "%%ddp --cpus 2\nimport sys, time\nfor i in range(11):\n"
+        "    print(f'\\r{i * 10}%', end='', file=sys.stderr, flush=True)\n"
+        "    time.sleep(0.12)\nprint()"
+    )
+    seen = [(kind, c["data"].get("text/plain", "")) for kind, c in reply.outputs if "display_data" in kind]
+    assert seen[0][0] == "display_data"
+    assert {kind for kind, _ in seen[1:]} == {"update_display_data"}
+    assert 2 <= len(seen) <= 12
+    assert all("[rank 0] " in text for _, text in seen[:-1])
+    assert seen[-1][1] == ""
+    assert reply.lines == ["[rank 0] 100%", "[rank 1] 100%"]
+
+
 def test_displays_keep_their_place(kernel: Kernel) -> None:
     reply = kernel.ok(
         "%%ddp --cpus 1\nfrom IPython.display import display, HTML\nprint('before')\ndisplay(HTML('<b>one</b>'))\n"

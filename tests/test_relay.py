@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,9 @@ class Record:
 
     def publish(self, data: dict[str, Any], metadata: dict[str, Any], transient: dict[str, Any], update: bool) -> None:
         self.shown.append(data)
+
+    def live(self, text: str) -> None:
+        self.shown.append(("live", text))
 
     @property
     def text(self) -> str:
@@ -138,6 +142,34 @@ def test_a_bar_that_never_ends_its_line_stays_small(record: Record, tmp_path: Pa
         relay.feed(0, b"\r%05d of many" % i)
     relay.finish()
     assert record.text == "[rank 0] 19999 of many\n"
+
+
+def test_unfinished_lines_are_shown_while_they_last(record: Record, tmp_path: Path) -> None:
+    relay = make(record, tmp_path, ranks=2)
+    assert relay.due == float("inf")
+    relay.feed(0, b"\r 10%")
+    assert 0.3 < relay.due - time.monotonic() < 0.6
+    relay.feed(1, b"\r 20%")
+    relay.tick()
+    assert record.shown == [("live", "[rank 0]  10%\n[rank 1]  20%")]
+    relay.feed(0, b"\r 30%")
+    assert relay.due - time.monotonic() < 0.3
+    relay.tick()
+    relay.feed(0, b"\r100%\n")
+    relay.finish()
+    assert record.shown[1:] == [
+        ("live", "[rank 0]  30%\n[rank 1]  20%"),
+        "[rank 0] 100%\n",
+        "[rank 1]  20%\n",
+        ("live", ""),
+    ]
+
+
+def test_quick_cells_show_nothing_live(record: Record, tmp_path: Path) -> None:
+    relay = make(record, tmp_path)
+    relay.feed(0, b"\r 10%\r100%")
+    relay.finish()
+    assert record.shown == ["[rank 0] 100%\n"]
 
 
 def test_a_full_disk_takes_the_log_and_not_the_run(record: Record, tmp_path: Path) -> None:
