@@ -5,7 +5,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench notebooks clean
 
 demo: .venv/demo
 	.venv/bin/python -m nbddp notebooks/01_quickstart.ipynb
@@ -18,6 +18,10 @@ check: .venv/test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+# Run the notebooks anew and save what they show, which `make test` then holds them to.
+notebooks: .venv/test
+	.venv/bin/python -m tests.save_notebooks notebooks/*.ipynb
 
 bench: .venv/test
 	.venv/bin/python benchmarks/run.py

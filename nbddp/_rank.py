@@ -387,6 +387,7 @@ def _leave(outcome: dict[str, Any]) -> None:
             from nbddp import _group
 
             _group.destroy()
+    _process.hang_up()
     if not _repair.is_forked_rank():
         # A DDP object that is alive when the interpreter ends makes gloo abort now and then.
         flush()

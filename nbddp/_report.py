@@ -15,6 +15,9 @@ from nbddp._script import Cell
 
 _FRAME = re.compile(r'File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)')
 
+# What a collective raises, over gloo and NCCL, when another rank is gone: a consequence, never the cause.
+_PEER_GONE = re.compile(r"Connection closed by peer|Connection reset by peer|Broken pipe|ncclRemoteError")
+
 # How much of torchrun's log is shown when it could not start the ranks.
 _LOG_LINES = 30
 
@@ -86,6 +89,11 @@ def _rank_error(
                     f"The notebook has a variable {outcome['missing']!r}, but the cell does not name it in a way that "
                     "nbddp can see; mention it in the cell"
                 )
+            finished = [r for r, s in sorted(ending.ranks.items()) if (s.outcome or {}).get("outcome") == "done"]
+            if finished and _PEER_GONE.search(outcome["message"]):
+                notes.append(
+                    f"It waited for {_ranks(finished)}, which had finished: every rank must call the same collectives"
+                )
         case "exited":
             exitcode = outcome["code"]
             message = f"{name} {in_short(first)} (sys.exit)"
@@ -116,8 +124,8 @@ def _rank_error(
 
 
 def _in_short_of_other(state: RankState, first: RankState) -> str:
-    if state.outcome is None:
-        # By nbddp or by torchrun: both end what is left when one has failed.
+    if state.outcome is None or _PEER_GONE.search(state.outcome.get("message", "")):
+        # By nbddp, by torchrun, or by the loss of the one that failed.
         return "stopped"
     text = in_short(state)
     return "the same" if first.outcome is not None and text == in_short(first) else text

@@ -75,6 +75,20 @@ def test_sys_exit_without_one_is_an_early_end(kernel: Kernel) -> None:
     assert kernel.get("x") == 5
 
 
+def test_one_rank_ends_while_another_waits_for_it(kernel: Kernel) -> None:
+    kernel.ok(
+        "import torch, torch.distributed as dist\nfrom torch.nn.parallel import DistributedDataParallel as DDP\n"
+        "model = torch.nn.Linear(2, 2)"
+    )
+    body = "ddp = DDP(model)\nif rank == 1:\n    {}\ndist.all_reduce(torch.ones(1))"
+    reply = kernel.run("%%ddp --cpus 2\nimport sys\n" + body.format("sys.exit()"))
+    assert reply.message.startswith("rank 0 of 2 raised RuntimeError")
+    assert "It waited for rank 1, which had finished" in reply.traceback
+    reply = kernel.run("%%ddp --cpus 3\n" + body.format("raise ValueError('no data')"))
+    assert reply.message == "rank 1 of 3 raised ValueError: no data"
+    assert "ranks 0, 2: stopped" in reply.traceback
+
+
 @pytest.mark.parametrize(
     ("code", "how"),
     [

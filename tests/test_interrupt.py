@@ -41,6 +41,22 @@ def test_inside_a_hung_collective(kernel: Kernel) -> None:
     assert reply.seconds < 6
 
 
+def test_a_collective_ends_when_the_rank_that_it_waits_for_does(kernel: Kernel) -> None:
+    # The DDP object keeps the process group, and with it the connections, alive.
+    kernel.ok(
+        "import torch, torch.distributed as dist\nfrom torch.nn.parallel import DistributedDataParallel as DDP\n"
+        "model = torch.nn.Linear(2, 2)"
+    )
+    reply = kernel.run_and(
+        "%%ddp --cpus 2\nimport time\nddp = DDP(model)\nprint('up')\nif rank == 0:\n    dist.barrier()\ntime.sleep(60)",
+        "[rank 1] up",
+        lambda: (time.sleep(0.3), kernel.interrupt()),
+    )
+    assert reply.error == "KeyboardInterrupt"
+    assert "rank 0: on line 6 of the cell, in barrier" in reply.traceback
+    assert "terminated" not in reply.text  # nobody had to wait for the end of the grace period
+
+
 def test_a_second_press_does_not_wait(kernel: Kernel) -> None:
     def twice() -> None:
         kernel.interrupt()
