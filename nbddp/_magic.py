@@ -192,7 +192,7 @@ DDPMagics.ddp.__doc__ = f"{help_text()}\n{LINE_HELP}"
 
 def _complete(shell: Any, event: Any) -> Sequence[str]:
     """Offer the options on a %%ddp line."""
-    del shell
+    del shell  # IPython's hooks are called as methods
     return [name for name in option_names() if name.startswith(event.symbol)] if event.symbol.startswith("-") else ()
 
 
@@ -213,6 +213,7 @@ def load(shell: Any) -> None:
         raise LaunchError("nbddp needs Linux or macOS; on Windows, use it inside WSL")
     shell.register_magics(DDPMagics)
     shell.input_transformers_cleanup.insert(0, _keep_empty_body)
+    shell.set_hook("complete_command", _complete, str_key="%%ddp")
     with contextlib.suppress(NbddpError):  # a full disk must not fail the import cell; the first run will say it
         client.start()
 
@@ -227,4 +228,6 @@ def unload(shell: Any) -> None:
         shell.configurables.remove(magics)
     with contextlib.suppress(ValueError):
         shell.input_transformers_cleanup.remove(_keep_empty_body)
+    # IPython has no call that takes a hook away again.
+    shell.strdispatchers["complete_command"].strs.pop("%%ddp", None)
     client.close()

@@ -34,6 +34,7 @@ def shell_state():
         "cell": sorted(ip.magics_manager.magics["cell"]),
         "registry": sorted(ip.magics_manager.registry),
         "transformers": [str(f) for f in ip.input_transformers_cleanup],
+        "completers": sorted(ip.strdispatchers["complete_command"].strs),
         "configurables": len(ip.configurables),
         "events": {k: len(v) for k, v in ip.events.callbacks.items()},
         "handlers": [str(signal.getsignal(s)) for s in (2, 15, 17)],

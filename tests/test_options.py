@@ -190,3 +190,13 @@ def test_dry_run_shows_and_launches_nothing(kernel: Kernel) -> None:
     assert "dict" in rows["config"]
     assert "function" in rows["train"]
     assert "module torch" in rows["torch"]
+
+
+def test_the_options_are_completed(kernel: Kernel) -> None:
+    def complete(line: str) -> list[str]:
+        reply = kernel.client.complete(line, len(line), reply=True, timeout=30)
+        return list(reply["content"]["matches"])
+
+    # Among what IPython itself takes a word after two hyphens for.
+    assert {"--gpus", "--gpu-ids"} <= set(complete("%%ddp --g"))
+    assert "--out" in complete("%%ddp --gpus 2 --ou")
