@@ -19,10 +19,6 @@ from __future__ import annotations
 import atexit
 import base64
 import contextlib
-import ctypes
-import faulthandler
-import fcntl
-import io
 import linecache
 import os
 import re
@@ -34,103 +30,12 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from nbddp import _process, _repair, _settings, _wire
+from nbddp import _process, _repair, _settings, _uplink
 from nbddp._names import MODULES_OWN
 from nbddp._paths import RunDir
 from nbddp._pickling import Pickler, Target, load, load_file
 
-# The signal on which a rank writes its Python stack to a file, also while it hangs inside a collective. A real-time
-# signal: SIGUSR1 and SIGUSR2 are the user's.
-STACK_SIGNAL = getattr(signal, "SIGRTMIN", 23) + 7  # 30 is SIGUSR1 on macOS, which has no others
-
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
-
-_PIPE_SIZE = 1 << 20
-_F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", None)
-
-
-def mark(secret: str, number: int) -> bytes:
-    """Return what a rank writes to its output where its display `number` belongs."""
-    return f"\x00nbddp:{secret}:{number}\x00".encode()
-
-
-class Notebook:
-    """The rank's connection to the kernel that waits for it, and its stdout and stderr from then on.
-
-    Both streams go into one pipe, at the level of file descriptors: C++, NCCL and child processes are heard too, and
-    everything keeps the order in which it was written. Displays go over the socket; a mark in the pipe says where each
-    belongs.
-    """
-
-    def __init__(self, run: RunDir, secret: str) -> None:
-        self._secret = secret
-        self._displays = 0
-        self._lock = threading.Lock()
-        self._sock = _wire.connect(run.socket)
-        out, into = os.pipe()
-        if _F_SETPIPE_SZ is not None:
-            with contextlib.suppress(OSError):  # the user's limit on pipe memory
-                fcntl.fcntl(into, _F_SETPIPE_SZ, _PIPE_SIZE)
-        os.dup2(into, 1)
-        os.dup2(into, 2)
-        os.close(into)
-        # New ones: the inherited took descriptor 1 for a file.
-        sys.stdout = sys.__stdout__ = _text_stream(1)  # type: ignore[misc]
-        sys.stderr = sys.__stderr__ = _text_stream(2)  # type: ignore[misc]
-        rank = int(os.environ["RANK"])
-        self._stacks = open(run.stacks(rank), "wb")  # noqa: SIM115  # faulthandler keeps its descriptor
-        faulthandler.enable(self._stacks, all_threads=False)
-        faulthandler.register(STACK_SIGNAL, self._stacks, all_threads=False)
-        pidfd = _process.open_pidfd(os.getpid())
-        fds = [out] if pidfd is None else [out, pidfd]
-        attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        _wire.send(self._sock, "rank", fds=fds, rank=rank, pid=os.getpid(), attempt=attempt)
-        for fd in fds:
-            os.close(fd)
-        # A worker process must not keep the connection of a dead rank open.
-        os.register_at_fork(after_in_child=self._sock.close)
-
-    def publish(
-        self, data: dict[str, Any], metadata: dict[str, Any], transient: dict[str, Any], update: bool, value: bool
-    ) -> None:
-        """Have the notebook show a mime bundle after what has been printed so far."""
-        with self._lock:
-            flush()
-            self._displays += 1
-            with contextlib.suppress(OSError):  # the cell has closed descriptor 1: it is shown at the end
-                os.write(1, mark(self._secret, self._displays))
-            _wire.send(
-                self._sock,
-                "display",
-                number=self._displays,
-                data=data,
-                metadata=metadata,
-                transient=transient,
-                update=update,
-                value=value,
-            )
-
-    def begin(self) -> None:
-        """Tell that the cell begins: from here on an interrupt is the cell's to handle."""
-        with self._lock:
-            _wire.send(self._sock, "begin")
-
-    def report(self, **outcome: Any) -> None:
-        """Tell how the cell ended."""
-        with self._lock:
-            _wire.send(self._sock, "report", time=time.monotonic(), times=_state.times, **outcome)
-
-    def end(self) -> None:
-        """Tell that nothing more is to come; what is printed after this is not shown."""
-        with self._lock:
-            flush()
-            _wire.send(self._sock, "end")
-
-
-def _text_stream(fd: int) -> io.TextIOWrapper:
-    """Return a stream that writes each line to a descriptor in one piece, and can write any string."""
-    raw = open(fd, "wb", closefd=False)  # noqa: SIM115  # it lives as long as the process
-    return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=True)
 
 
 class _State:
@@ -142,7 +47,7 @@ class _State:
 
     times: dict[str, float]
 
-    notebook: Notebook | None = None
+    notebook: _uplink.Uplink | None = None
     run_dir: RunDir | None = None
     arguments: dict[str, Any]
     target: Target
@@ -154,14 +59,6 @@ _state.times = {}
 
 def _complete(stage: str) -> None:
     _state.times[stage] = time.monotonic()
-
-
-def flush() -> None:
-    """Flush the streams of Python and of C."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):  # the user may have replaced or closed them
-            stream.flush()
-    ctypes.CDLL(None).fflush(None)
 
 
 def restore(
@@ -225,7 +122,7 @@ def _enter(*, init: bool, backend: str | None, gpus: bool, **_: Any) -> str:
         _process.die_with_parent(os.getppid())
         # A process started by one that ignores SIGINT, as the launcher does, would never see a KeyboardInterrupt.
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        _state.notebook = Notebook(_state.run_dir, secret)
+        _state.notebook = _uplink.Uplink(_state.run_dir, secret)
     elif "RANK" not in os.environ:
         raise SystemExit(f"run this with torchrun: torchrun --nproc-per-node 2 {sys.argv[0]}")
     _complete("connected")
@@ -372,14 +269,14 @@ def _leave(outcome: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):  # the kernel is gone; so will this process be
         if notebook is not None and failed:
             # At once: a thread that never ends must not keep a failure from being seen.
-            notebook.report(**outcome)
+            notebook.report(times=_state.times, **outcome)
         elif failed:
             text = "\n".join(outcome.get("lines", ()))
             print(text if sys.stderr.isatty() else _COLOUR.sub("", text), file=sys.stderr)  # noqa: T201
         _end_as_a_script()
         _complete("results and exit handlers")
         if notebook is not None and not failed:
-            notebook.report(**outcome)
+            notebook.report(times=_state.times, **outcome)
         if notebook is not None:
             notebook.end()
     if not failed:
@@ -390,7 +287,7 @@ def _leave(outcome: dict[str, Any]) -> None:
     _process.hang_up()
     if not _repair.is_forked_rank():
         # A DDP object that is alive when the interpreter ends makes gloo abort now and then.
-        flush()
+        _uplink.flush()
         os._exit(outcome.get("code", 1) if failed else 0)
     if failed and os.environ["TORCHELASTIC_RESTART_COUNT"] != os.environ["TORCHELASTIC_MAX_RESTARTS"]:
         raise RuntimeError("the cell failed on this rank; torchrun starts all of them again")

@@ -10,7 +10,8 @@ from typing import Any
 
 from nbddp._errors import LaunchError, NbddpError, RankError, RunTimeout
 from nbddp._paths import RunDir
-from nbddp._run import Ending, RankState, how_it_died, in_short
+from nbddp._ranks import RankState, how_it_died, in_short
+from nbddp._run import Ending
 from nbddp._script import Cell
 
 _FRAME = re.compile(r'File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)')

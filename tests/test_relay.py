@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from nbddp import _relay
-from nbddp._rank import mark
 from nbddp._relay import Relay
+from nbddp._uplink import mark
 
 SECRET = "0123456789abcdef"
 

@@ -1,0 +1,266 @@
+"""The ranks of a run as the notebook sees them: who has connected, what they say and print, when they die.
+
+Torchrun's agent connects to the same socket, and says at its end how those died that could not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from nbddp import _wire
+from nbddp._loop import Loop
+from nbddp._relay import Relay
+
+_READ = 1 << 20
+
+
+@dataclass
+class RankState:
+    """What is known of one rank.
+
+    Attributes:
+        rank: Its number.
+        pid: Its process.
+        in_cell: Whether it has begun to run the cell.
+        outcome: Its report, once there is one; see `nbddp._rank._outcome`.
+        ended: Whether it has said that nothing more comes, or is gone.
+        died: When it was seen to be gone without having said so.
+        exitcode: How torchrun says that it ended, if it died.
+        stopped: Whether it was ended by nbddp.
+    """
+
+    rank: int
+    pid: int
+    inbox: _wire.Inbox
+    output: int
+    pidfd: int | None
+    in_cell: bool = False
+    outcome: dict[str, Any] | None = None
+    ended: bool = False
+    died: float | None = None
+    exitcode: int | None = None
+    stopped: bool = False
+
+    @property
+    def failed_at(self) -> float | None:
+        """When it failed, or None if it has not."""
+        if self.outcome is not None:
+            return None if self.outcome["outcome"] == "done" else float(self.outcome["time"])
+        return self.died if not self.stopped else None
+
+
+class Ranks:
+    """The ranks of a run's present attempt.
+
+    Args:
+        server: The socket, at `RunDir.socket`, on which the run's processes report.
+        loop: The run's event loop.
+        relay: Where output goes.
+        arrived: Called with each rank that connects.
+
+    Attributes:
+        states: The ranks by number.
+        attempt: How often torchrun has started them again.
+        value: The mime bundle of the cell's value on rank 0, and its metadata.
+        times: When each stage was complete, on the rank that took longest for it (``time.monotonic``).
+        agent_ended: Whether the agent has said its last.
+    """
+
+    def __init__(
+        self, server: socket.socket, loop: Loop, relay: Relay, *, arrived: Callable[[RankState], None]
+    ) -> None:
+        self._server = server
+        self._loop = loop
+        self._relay = relay
+        self._arrived = arrived
+        self.states: dict[int, RankState] = {}
+        self.attempt = 0
+        self.value: tuple[dict[str, Any], dict[str, Any]] | None = None
+        self.times: dict[str, float] = {}
+        self.agent_ended = False
+        loop.watch(server, self._accept)
+
+    @property
+    def failed(self) -> list[RankState]:
+        """The ranks that failed, the first to fail first."""
+        failed = [(at, state.rank) for state in self.states.values() if (at := state.failed_at) is not None]
+        return [self.states[rank] for _, rank in sorted(failed)]
+
+    def close(self) -> None:
+        """Close the connections."""
+        for state in self.states.values():
+            _close(state)
+
+    def see_deaths(self) -> None:
+        """Take all ranks for dead that have not said that they ended."""
+        for state in list(self.states.values()):
+            self._see_death(state)
+
+    # Who connects.
+
+    def _accept(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                connection, _ = self._server.accept()
+                connection.setblocking(False)
+                inbox = _wire.Inbox(connection)
+                self._loop.watch(connection, partial(self._greet, inbox))
+
+    def _greet(self, inbox: _wire.Inbox) -> None:
+        """Find out who has connected."""
+        messages = inbox.receive()
+        if messages and messages[0]["kind"] == "agent":
+            self.times["agent forked"] = messages[0]["time"]
+            self._loop.watch(inbox.sock, partial(self._hear_agent, inbox))
+            self._take_from_agent(messages[1:])
+        elif messages:
+            state = self._add_rank(inbox, messages[0])
+            self._take_from_rank(state, messages[1:])
+        elif inbox.closed:
+            self._loop.unwatch(inbox.sock)
+            inbox.close()
+
+    def _hear_agent(self, inbox: _wire.Inbox) -> None:
+        self._take_from_agent(inbox.receive())
+        if inbox.closed:
+            self._loop.unwatch(inbox.sock)
+            inbox.close()
+
+    def _take_from_agent(self, messages: list[_wire.Message]) -> None:
+        for message in messages:
+            self.agent_ended = True
+            for rank, exitcode in message["failures"]:
+                if rank in self.states:
+                    self.states[rank].exitcode = exitcode
+
+    def _add_rank(self, inbox: _wire.Inbox, message: _wire.Message) -> RankState:
+        rank, attempt = message["rank"], message["attempt"]
+        if attempt > self.attempt:
+            self.attempt = attempt
+            for old in self.states.values():
+                self._drain(old)
+                self._forget(old)
+            self.states = {}
+            self.value = None
+        output = inbox.fds.pop(0)
+        pidfd = inbox.fds.pop(0) if inbox.fds else None
+        os.set_blocking(output, False)
+        state = RankState(rank, message["pid"], inbox, output, pidfd)
+        self.states[rank] = state
+        self._loop.watch(inbox.sock, partial(self._hear, state))
+        self._loop.watch(output, partial(self._read, state))
+        if pidfd is not None:
+            self._loop.watch(pidfd, partial(self._see_death, state))
+        self._arrived(state)
+        return state
+
+    # What they say.
+
+    def _hear(self, state: RankState) -> None:
+        self._take_from_rank(state, state.inbox.receive())
+        if state.inbox.closed:
+            self._loop.unwatch(state.inbox.sock)
+            if state.pidfd is None:  # where there is nothing better, this is how a death is seen
+                self._see_death(state)
+
+    def _take_from_rank(self, state: RankState, messages: list[_wire.Message]) -> None:
+        for message in messages:
+            match message["kind"]:
+                case "begin":
+                    state.in_cell = True
+                case "display" if message["value"]:
+                    self.value = message["data"], message["metadata"]
+                case "display":
+                    self._relay.display(state.rank, message)
+                case "report":
+                    state.outcome = message
+                    for stage, at in message["times"].items():
+                        self.times[stage] = max(at, self.times.get(stage, at))
+                case "end":
+                    # It flushed before it said so: all that is its own is in the pipe. Its children may go on.
+                    self._drain(state)
+                    state.ended = True
+                    self._loop.unwatch(state.output)
+
+    def _read(self, state: RankState) -> bool:
+        """Read once from a rank's output; return whether there may be more."""
+        try:
+            data = os.read(state.output, _READ)
+        except BlockingIOError:
+            return False
+        if not data:
+            self._loop.unwatch(state.output)
+            return False
+        self._relay.feed(state.rank, data)
+        return True
+
+    def _drain(self, state: RankState) -> None:
+        while not state.ended and self._read(state):
+            pass
+
+    def _see_death(self, state: RankState) -> None:
+        if state.pidfd is not None:
+            self._loop.unwatch(state.pidfd)
+        if state.ended:
+            return
+        state.inbox.idle = False
+        while not (state.inbox.idle or state.inbox.closed or state.ended):
+            self._hear(state)
+        self._drain(state)
+        if not state.ended:
+            state.died = time.monotonic()
+            state.ended = True
+        self._loop.unwatch(state.output)
+        self._loop.unwatch(state.inbox.sock)
+
+    def _forget(self, state: RankState) -> None:
+        for source in (state.inbox.sock, state.output, state.pidfd):
+            if source is not None:
+                self._loop.unwatch(source)
+        _close(state)
+
+
+def _close(state: RankState) -> None:
+    state.inbox.close()
+    for fd in (state.output, state.pidfd):
+        if fd is not None:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+
+
+def in_short(state: RankState) -> str:
+    """Return in a few words how a rank ended."""
+    outcome = state.outcome
+    if outcome is None:
+        return "stopped" if state.stopped else how_it_died(state.exitcode)
+    match outcome["outcome"]:
+        case "done":
+            return "finished"
+        case "raised":
+            first = (outcome["message"].splitlines() or [""])[0]
+            return f"{outcome['exception']}: {first}" if first else str(outcome["exception"])
+        case "exited":
+            return f"exited with status {outcome['code']}"
+        case _:
+            return str(outcome["outcome"])
+
+
+def how_it_died(exitcode: int | None) -> str:
+    """Return how a process ended that said nothing, from its exit status (negative: minus a signal)."""
+    if exitcode is None:
+        return "left before the end of the cell"
+    if exitcode < 0:
+        try:
+            name = signal.Signals(-exitcode).name
+        except ValueError:
+            name = "an unknown one"
+        return f"was killed by signal {-exitcode} ({name})"
+    return f"left the process with status {exitcode} before the end of the cell"
