@@ -10,9 +10,11 @@ TORCH ?= torch==2.13.0
 demo: .venv/demo
 	.venv/bin/python -m nbddp notebooks/01_quickstart.ipynb
 
-test: .venv/test check
+test: .venv/test .venv/oldest/made check
 	.venv/bin/python -m pytest
 	.venv/bin/python -m pytest --nbval notebooks
+	# Once more, on the oldest IPython; its warnings are of its own time.
+	.venv/oldest/bin/python -m pytest -p no:nbval -W default --deselect tests/test_readme.py
 
 check: .venv/test
 	.venv/bin/ruff check .
@@ -36,6 +38,15 @@ bench: .venv/test
 
 .venv/test: .venv/bin/python pyproject.toml
 	.venv/bin/python -m pip install --quiet -e '.[test,demo]'
+	touch $@
+
+# What is not installed here is found in the first environment.
+.venv/oldest/made: .venv/test tests/oldest.txt
+	.venv/bin/python -m venv .venv/oldest
+	.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$(.venv/oldest/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/rest.pth
+	.venv/oldest/bin/python -m pip install --quiet -r tests/oldest.txt
+	.venv/oldest/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 
 clean:

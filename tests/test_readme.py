@@ -1,0 +1,54 @@
+"""The README's examples, run as a reader would run them: each block of text is what the code before it shows."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.kernel import Kernel
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def examples() -> list[tuple[str, str | None]]:
+    """Return each block of code with the text that follows it, if one does before the next code."""
+    pairs: list[tuple[str, str | None]] = []
+    for kind, text in BLOCK.findall(README):
+        if kind == "python":
+            pairs.append((text, None))
+        elif pairs[-1][1] is None:
+            pairs[-1] = pairs[-1][0], text
+    return pairs
+
+
+def comparable(text: str) -> list[str]:
+    """Return the lines, without the number of the cell and the order of the ranks."""
+    return sorted(re.sub(r"In\[\d+\]", "In[]", text.strip()).split("\n"))
+
+
+def test_what_it_shows_is_what_one_gets(kernel: Kernel) -> None:
+    pairs = examples()
+    assert sum(expected is not None for _, expected in pairs) == 4
+    for code, expected in pairs:
+        reply = kernel.run(code)
+        if expected is None:
+            assert reply.status == "ok", reply.traceback
+        else:
+            shown = reply.traceback or (reply.value or {}).get("text/plain") or reply.text
+            assert comparable(shown) == comparable(expected)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/design.md"])
+def test_no_link_is_broken(name: str) -> None:
+    text = (ROOT / name).read_text()
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
+        path, _, anchor = target.partition("#")
+        file = ((ROOT / name).parent / path) if path else ROOT / name
+        assert file.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+            assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
