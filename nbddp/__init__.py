@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nbddp._errors import CaptureError, LaunchError, NbddpError, RankError, ResultError, RunTimeout
+from nbddp._errors import CaptureError, LaunchError, NbddpError, RankError, ResultError, RunLostError, RunTimeout
 
 if TYPE_CHECKING:
     from nbddp._function import launch
@@ -23,6 +23,7 @@ __all__ = [
     "NbddpError",
     "RankError",
     "ResultError",
+    "RunLostError",
     "RunTimeout",
     "launch",
 ]

@@ -1,7 +1,7 @@
 """The torchrun agent of one run: torch's own, called by torchrun's own functions.
 
 It is forked from the launcher and forks the ranks, or, where forking is not to be had, it is a new interpreter that
-starts them as new interpreters: ``python -m nbddp._agent TORCHRUN_ARGUMENTS``. Besides what torchrun does it only sees
+starts them as new interpreters (`main`). Besides what torchrun does it only sees
 to its own end and its descendants' (a session of its own, the kernel's word by a socket), and says how ranks died.
 """
 
@@ -38,7 +38,7 @@ class Launch:
         env: Their whole environment.
         cwd: Their working directory; None if the notebook's own is gone.
         umask: Their umask.
-        path: Their ``sys.path``.
+        path: Their ``sys.path``; under "spawn" their interpreter's own, to which the script adds the notebook's folders.
         start_method: "fork" or "spawn".
     """
 
@@ -106,7 +106,7 @@ def run_forked(launch: Launch, parent: int) -> None:
 def _serve(run: RunDir, arguments: list[str]) -> int:
     """Run torchrun and tell the kernel how it ended; return the exit status."""
     notebook = _wire.connect(run.socket)
-    _wire.send(notebook, "agent", pid=os.getpid(), time=time.monotonic())
+    _wire.send(notebook, "agent", time=time.monotonic())
     failures: list[tuple[int, int]] = []
     try:
         failures = _torchrun(arguments)
@@ -176,7 +176,3 @@ def main() -> Any:
     _process.become_subreaper()
     _process.die_with_parent(os.getppid())
     return _serve(RunDir.from_environment(os.environ[_settings.RUN_DIR]), sys.argv[1:])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

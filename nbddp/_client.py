@@ -53,7 +53,7 @@ class Client:
         """
         env = dict(os.environ if env is None else env)
         with self._lock:
-            self._disown_parents()
+            session = self.session
             wanted = _settings.read_at_load(env)
             changed = []
             if self._process is not None and self._process.poll() is None:
@@ -61,7 +61,6 @@ class Client:
                     return []
                 changed = sorted({name for name, _ in wanted.items() ^ self._started_with.items()})
             self._stop_launcher()
-            session = self.session
             ours, theirs = socket.socketpair()
             command = _COMMAND.format(
                 path=_path_for_launcher(), kernel=os.getpid(), session=session.root, control=theirs.fileno()
@@ -97,6 +96,11 @@ class Client:
         """
         with self._lock:
             self._disown_parents()
+            if self._session is not None and not os.path.isdir(self._session.root):
+                # A cleaner of the temporary directory took it from a notebook that was idle for days.
+                self._stop_launcher()
+                self._session.close()
+                self._session = None
             if self._session is None:
                 # What a killed kernel left is this user's, and nobody else will clear it away.
                 for name in sweep():

@@ -59,8 +59,14 @@ def choose(options: Options, env: Mapping[str, str], count_gpus: Callable[[], in
                 f"--gpu-ids {_listed(options)}: there {'is' if there == 1 else 'are'} {have} here, numbered from 0"
             )
         # The numbers are those that the notebook's own torch uses, which may itself see only some of the GPUs.
-        seen = env.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        chosen = [seen[i] if len(seen) == there and seen[i] else str(i) for i in options.gpu_ids]
+        # CUDA takes the list up to the first entry that it does not know.
+        listed = env.get("CUDA_VISIBLE_DEVICES")
+        seen = [str(i) for i in range(there)] if listed is None else [name.strip() for name in listed.split(",")]
+        if max(options.gpu_ids) >= len(seen) or not all(seen[i] for i in options.gpu_ids):
+            raise LaunchError(
+                f"--gpu-ids {_listed(options)}: CUDA_VISIBLE_DEVICES={listed} does not say which GPUs these are"
+            )
+        chosen = [seen[i] for i in options.gpu_ids]
         return Devices(len(chosen), gpus=True, visible=",".join(chosen))
     if wanted is not None and wanted > there:
         raise LaunchError(
@@ -72,10 +78,9 @@ def choose(options: Options, env: Mapping[str, str], count_gpus: Callable[[], in
 
 def environment(base: Mapping[str, str], options: Options, devices: Devices) -> dict[str, str]:
     """Return the environment of the ranks: the notebook's, what the user sets, and what must be set and is not."""
-    env = dict(base)
+    env = {**base, **options.env}
     if devices.visible is not None:
         env["CUDA_VISIBLE_DEVICES"] = devices.visible
-    env |= options.env
     # torchrun's own default of one thread would leave most of a large machine idle.
     env.setdefault("OMP_NUM_THREADS", str(max(1, _process.usable_cores() // devices.ranks)))
     # On one machine nothing has to listen where another could reach it.

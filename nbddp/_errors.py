@@ -5,19 +5,21 @@
     NbddpError
     ├── CaptureError      a notebook variable cannot be sent to the ranks; nothing was launched
     ├── LaunchError       no rank ever ran the cell: devices, launcher, torchrun, disk space
+    ├── RunLostError      what the ranks depend on was ended by something else, and they with it
     ├── RankError         a rank raised, exited or died; the cell has failed
     ├── RunTimeout        --timeout passed (also a TimeoutError)
     └── ResultError       the cell ran, but the names of --out could not be brought back
 
 An interrupted run raises a plain KeyboardInterrupt, so that "Run All" stops as it does for any cell.
 
-Their messages hold no process id, port, path under the temporary directory or time of day: notebook tests compare
-them from run to run.
+Where a notebook is at fault, the message holds no process id, port, temporary path or time of day: notebook tests
+compare them from run to run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 
 class NbddpError(Exception):
@@ -42,8 +44,19 @@ class NbddpError(Exception):
         for text in (*details, *notes):
             self.add_note(text)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exceptions are unpickled by calling their type with `args`, which lack what is keyword-only.
+        return _remade, (type(self), self.args, self.__dict__)
+
     def _render_traceback_(self) -> list[str]:
         return [*self._details, f"{type(self).__name__}: {self}", *self._below]
+
+
+def _remade(kind: type[NbddpError], args: tuple[Any, ...], state: dict[str, Any]) -> NbddpError:
+    error = kind.__new__(kind, *args)
+    error.args = args  # which an OSError, as TimeoutError is one, does not take from there
+    error.__dict__.update(state)
+    return error
 
 
 class CaptureError(NbddpError):
@@ -64,6 +77,10 @@ class CaptureError(NbddpError):
 
 class LaunchError(NbddpError):
     """The ranks could not be started; nothing of the cell has run."""
+
+
+class RunLostError(NbddpError):
+    """The launcher or torchrun's agent was ended from outside while the ranks ran the cell; they went with it."""
 
 
 class ResultError(NbddpError):

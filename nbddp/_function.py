@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from nbddp import _client, _job
 from nbddp._options import Options
 from nbddp._relay import Screen, Terminal
-from nbddp._script import Cell
+from nbddp._script import CALLER, Cell
 
 _Result = TypeVar("_Result")
 
@@ -69,25 +69,27 @@ def launch(
         init=init,
         max_restarts=max_restarts,
     )
+    shell = _shell()
+    if shell is not None:
+        from nbddp import _magic
     job = _job.Job(
-        cell=Cell(f"{_VALUE} = {_CALL}[0](*{_CALL}[1])", filename="<nbddp.launch>", number=0),
+        cell=Cell(f"{_VALUE} = {_CALL}[0](*{_CALL}[1])", filename=CALLER, number=0),
         names={_CALL: (fn, args)},
         namespace=vars(sys.modules["__main__"]),
         options=options,
         out=(_VALUE,),
         gather=True,
+        source_of=_magic.source_of(shell) if shell is not None else lambda _: None,
+        colors=str(shell.colors) if shell is not None else "",
     )
-    return [names[_VALUE] for names in _job.perform(job, client, _screen()).results]
+    screen: Screen = _magic.screen_of(shell) if shell is not None else Terminal()
+    return [names[_VALUE] for names in _job.perform(job, client, screen).results]
 
 
-def _screen() -> Screen:
-    """Return the notebook's own screen in a notebook, else the terminal."""
-    if "IPython" in sys.modules:
-        from IPython import get_ipython
+def _shell() -> Any:
+    """Return the IPython shell that this runs in, or None."""
+    if "IPython" not in sys.modules:
+        return None
+    from IPython import get_ipython
 
-        shell = get_ipython()
-        if shell is not None:
-            from nbddp._magic import NotebookScreen
-
-            return NotebookScreen(shell)
-    return Terminal()
+    return get_ipython()

@@ -12,7 +12,9 @@ results. The directory of the run is gone when this returns, whichever way it do
 from __future__ import annotations
 
 import builtins
+import contextlib
 import os
+import resource
 import secrets
 import sys
 import time
@@ -35,6 +37,10 @@ from nbddp._stop import GRACE_SECONDS, InterruptGate
 # What nbddp defines in the ranks where the notebook has no such name.
 GIVEN_NAMES = ("rank", "local_rank", "world_size", "device")
 
+# Of the kernel's: a rank's socket, output, pidfd and log; and what a kernel has open anyway.
+_DESCRIPTORS_PER_RANK = 4
+_DESCRIPTORS_BESIDES = 100
+
 MimeBundle = tuple[dict[str, Any], dict[str, Any]]
 
 
@@ -50,6 +56,7 @@ class Job:
         lines: For each name, the lines of the cell that use it.
         out: Names to bring back.
         gather: Whether to bring them back from every rank, not from rank 0 alone.
+        known: The names of the namespace that its user gave.
         source_of: Returns the text and the execution count of the cell whose code has a file name; None for files.
         colors: The notebook's traceback colours.
         grace: Seconds that ranks have to end after an interrupt.
@@ -62,6 +69,7 @@ class Job:
     lines: Mapping[str, Sequence[int]] = field(default_factory=dict)
     out: tuple[str, ...] = ()
     gather: bool = False
+    known: frozenset[str] = frozenset()
     source_of: Callable[[str], tuple[str, int | None] | None] = lambda _: None
     colors: str = ""
     grace: float = GRACE_SECONDS
@@ -90,7 +98,7 @@ def perform(job: Job, client: _client.Client, screen: Screen) -> Finished:
         KeyboardInterrupt: The user stopped it.
     """
     with InterruptGate() as gate:
-        attempt = _Attempt(job, client, screen, gate, _start_method(client))
+        attempt = _Attempt(job, client, screen, gate, _start_method(job, client))
         launcher_died = False
         while True:
             try:
@@ -111,17 +119,19 @@ def dry_run(job: Job, client: _client.Client) -> str:
     env = {**os.environ, **job.options.env}
     with InterruptGate() as gate:
         devices = _devices.choose(job.options, env, lambda: _count_gpus(client, env, gate))
-    captured = _closure.describe(job.names, job.namespace)
+        with gate.open():
+            snapshot = _closure.capture(job.names, job.namespace, job.lines)
+            captured = _closure.describe(job.names, job.namespace)
     if job.options.keep_script is not None:
-        snapshot = _closure.capture(job.names, job.namespace, job.lines)
         _export(_script(job, devices, snapshot), job.options.keep_script)
-    options = torchrun_options(devices.ranks, job.options.max_restarts, _start_method(client))
+    options = torchrun_options(devices.ranks, job.options.max_restarts, _start_method(job, client))
     lines = [devices.note] if devices.note else []
     lines.append("torchrun " + " ".join(options) + " <generated script>")
     if not captured:
         lines.append("the cell uses nothing of the notebook")
     else:
-        lines.append(f"sent to each rank, {format_size(sum(item.nbytes for item in captured))} in all:")
+        # Less than the sum, if some share memory.
+        lines.append(f"sent to each rank, {format_size(snapshot.nbytes)} in all:")
         lines += _closure.table(captured)
     return "\n".join(lines)
 
@@ -157,6 +167,8 @@ class _Attempt:
         devices = _devices.choose(job.options, env, lambda: _count_gpus(self.client, env, gate))
         if devices.note:
             self.say(devices.note)
+        if hidden := _hidden_names(job, devices):
+            self.say(hidden)
         for wrapper in dict.fromkeys(closure.unwrapped):
             self.say(f"nbddp: {wrapper} was unwrapped: its .module is sent; wrap it again in the cell")
         script = _script(job, devices, closure)
@@ -191,32 +203,32 @@ class _Attempt:
         secret = secrets.token_hex(8)
         launch = self._what_to_launch(devices, run_dir, secret)
         session = self.client.session
-        try:
-            server = _wire.listen(run_dir.socket)
-            logs = session.new_logs()
-            relay = Relay(devices.ranks, logs, secret, self.screen)
-        except OSError as error:
-            raise cannot_write("prepare a run", run_dir.socket, error) from error
-        channel = self.client.open_channel(launch.env)
-        oom_kills = _process.oom_kills()
-        run = Run(
-            launch,
-            server,
-            channel,
-            relay,
-            self.gate,
-            timeout=self.job.options.timeout,
-            grace=self.job.grace,
-            wait_until_gone=devices.gpus,
-            say=self.say,
-        )
-        try:
-            ending = run.wait()
-        finally:
-            session.keep_logs(logs)
-            server.close()
+        _check_descriptors(devices.ranks)
+        with contextlib.ExitStack() as stack:
+            try:
+                server = stack.enter_context(_wire.listen(run_dir.socket))
+                logs = session.new_logs()
+                stack.callback(session.keep_logs, logs)
+                relay = Relay(devices.ranks, logs, secret, self.screen)
+            except OSError as error:
+                raise cannot_write("prepare a run", run_dir.socket, error) from error
+            stack.callback(relay.close)
+            channel = self.client.open_channel(launch.env)
             # Without a word before it, this ends the run.
-            channel.close()
+            stack.callback(channel.close)
+            oom_kills = _process.oom_kills()
+            run = Run(
+                launch,
+                server,
+                channel,
+                relay,
+                self.gate,
+                timeout=self.job.options.timeout,
+                grace=self.job.grace,
+                wait_until_gone=devices.gpus,
+                say=self.say,
+            )
+            ending = run.wait()
         if run.launcher_died:
             self.client.end_leftovers()
             if not run.started and ending.cause != "interrupted":
@@ -256,14 +268,14 @@ class _Attempt:
             ranks=run.ranks,
             timeout=self.job.options.timeout,
             oom_kills=oom_kills,
-            known=set(self.job.namespace) - set(self.job.names),
+            known=self.job.known - set(self.job.names),
             launcher=self.client.last_words() if run.launcher_died else None,
         )
 
 
-def _start_method(client: _client.Client) -> str:
+def _start_method(job: Job, client: _client.Client) -> str:
     try:
-        wanted = _settings.start_method()
+        wanted = _settings.start_method({**os.environ, **job.options.env})
     except ValueError as error:
         raise LaunchError(str(error)) from None
     # macOS frameworks abort in forked children.
@@ -301,6 +313,41 @@ def _script(job: Job, devices: _devices.Devices, closure: Snapshot) -> Script:
     return Script(job.cell, setup, closure, sources, _client.own_folders(), devices.ranks)
 
 
+def _hidden_names(job: Job, devices: _devices.Devices) -> str | None:
+    """Return a line on variables of the notebook that stand where a rank would have its own; None if there are none.
+
+    A leftover ``rank = 0`` would have every rank train on everything, and save over the others.
+    """
+    own = {name: job.names[name] for name in GIVEN_NAMES if name in job.names}
+    device = own.get("device")
+    if "device" in own:
+        kind, _, index = str(device).partition(":")
+        # A torch.device becomes the rank's own; a string without a number is the current device.
+        if not devices.gpus or (kind == "cuda" and (not index or not isinstance(device, str))):
+            del own["device"]
+    if not own:
+        return None
+    listed = ", ".join(f"{name} = {value!r:.40}" for name, value in own.items())
+    return (
+        f"nbddp: used as the notebook has it, on every rank: {listed}. After del {', '.join(own)} ranks have their own"
+    )
+
+
+def _check_descriptors(ranks: int) -> None:
+    """Refuse a run that this process could not follow.
+
+    Raises:
+        LaunchError: It may not have that many files open.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = ranks * _DESCRIPTORS_PER_RANK + _DESCRIPTORS_BESIDES
+    if limit != resource.RLIM_INFINITY and needed > limit:
+        raise LaunchError(
+            f"{ranks} ranks: following them takes {needed} open files, and this process may have {limit}. "
+            "Ask for fewer ranks, or raise the limit (ulimit -n) where the kernel is started"
+        )
+
+
 def _export(script: Script, path: str) -> None:
     try:
         script.export(path)
@@ -314,12 +361,11 @@ def _write(script: Script, run_dir: RunDir) -> None:
     size = script.closure.nbytes
     try:
         if not script.embeds_closure():
-            path = run_dir.data("closure", size)
-            script.closure.write(path)
+            path = run_dir.store("closure", size, script.closure.write)
         script.write(run_dir.script, path)
     except OSError as error:
         what = f"write the script and {format_size(size)} of what the cell uses"
-        raise cannot_write(what, path or run_dir.script, error) from error
+        raise cannot_write(what, run_dir.script, error) from error
 
 
 def _results(job: Job, ending: Ending, sent: Snapshot) -> list[dict[str, Any]]:

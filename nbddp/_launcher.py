@@ -57,6 +57,9 @@ _FOR_TRAINING = (
 )
 
 
+_AGENT_COMMAND = "import sys; sys.path[:] = {path!r}; from nbddp._agent import main; sys.exit(main())"
+
+
 @dataclass
 class _Run:
     """A run and the channel on which it was asked for."""
@@ -105,7 +108,8 @@ class Launcher:
                         make_ready_to_fork()
         finally:
             self._kill_everything()
-            if not self._session_goes_on:
+            # After an exception the log in there is what the kernel has to show.
+            if not (self._open or self._session_goes_on):
                 remove_session(self._session)
 
     def _is_idle(self) -> bool:
@@ -164,7 +168,10 @@ class Launcher:
         for message in messages:
             match message.pop("kind"):
                 case "count gpus":
-                    self._answer(inbox, "gpus", count=self._count_gpus(message["env"]))
+                    try:
+                        self._answer(inbox, "gpus", count=self._count_gpus(message["env"]))
+                    except OSError as error:
+                        self._answer(inbox, "refused", reason=f"cannot start a process: {error.strerror}")
                     self._forget(inbox)
                 case "launch":
                     self._launch(inbox, _agent.Launch(**message))
@@ -183,7 +190,12 @@ class Launcher:
         key = tuple(env.get(name) for name in names)
         if key not in self._gpus:
             ours, theirs = os.pipe()
-            pid = os.fork()
+            try:
+                pid = os.fork()
+            except OSError:
+                os.close(ours)
+                os.close(theirs)
+                raise
             if pid == 0:
                 count = 0
                 with contextlib.suppress(BaseException):
@@ -211,7 +223,7 @@ class Launcher:
             self._forget_all()
             _agent.run_forked(launch, launcher)
         run = self._runs[pid] = _Run(pid, launch.run_dir, inbox)
-        self._answer(inbox, "started", pid=pid)
+        self._answer(inbox, "started")
         self._selector.modify(inbox.sock, selectors.EVENT_READ, partial(self._command, run))
 
     def _forget_all(self) -> None:
@@ -258,9 +270,7 @@ class Launcher:
             run = self._runs.pop(pid, None)
             if run is not None:
                 self._end_leftovers()
-                if run.inbox.closed or run.deadline < float("inf"):
-                    # The kernel has removed it; processes that were still ending may have made something new there.
-                    RunDir.from_environment(run.directory).remove()
+                RunDir.from_environment(run.directory).remove_again()
                 self._answer(run.inbox, "ended", status=os.waitstatus_to_exitcode(status))
                 self._forget(run.inbox)
 
@@ -290,7 +300,8 @@ def _spawn(launch: _agent.Launch) -> int:
     run = RunDir.from_environment(launch.run_dir)
     with open(run.agent_log, "ab") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "nbddp._agent", *launch.torchrun_arguments()],
+            # As the kernel starts this process: no queue.py beside the notebook may stand in for Python's own.
+            [sys.executable, "-P", "-c", _AGENT_COMMAND.format(path=sys.path), *launch.torchrun_arguments()],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -319,8 +330,8 @@ def import_for_ranks(temp: str) -> None:
 
 
 def import_if_there(module: str) -> None:
-    """Import a module; which ones there are differs between releases of torch."""
-    with contextlib.suppress(ImportError):
+    """Import a module; which ones there are, and work, differs from machine to machine."""
+    with contextlib.suppress(Exception):
         importlib.import_module(module)
 
 
@@ -344,7 +355,7 @@ def main(kernel: int, session: str, control: int) -> None:
         session: The session's directory.
         control: The descriptor of this end of the control socket.
     """
-    # Jupyter's interrupt goes to the kernel's process group; this process is not in it, but its terminal may be.
+    # Nothing sends it one, but what is forked from here would otherwise have a handler of Python's.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.set_inheritable(control, False)
     _process.become_subreaper()

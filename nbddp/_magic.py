@@ -12,7 +12,8 @@ import linecache
 import os
 import secrets
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from IPython.core.error import UsageError
@@ -23,6 +24,7 @@ from nbddp import _job, _names
 from nbddp._errors import LaunchError, NbddpError
 from nbddp._function import client
 from nbddp._options import HelpAsked, OptionError, Options, help_text, option_names, parse
+from nbddp._relay import Screen, Terminal
 from nbddp._script import Cell
 from nbddp._stop import GRACE_SECONDS
 
@@ -53,6 +55,11 @@ class NotebookScreen:
         self._shell.display_pub.publish(data, {}, transient={"display_id": self._live_id}, update=update)
 
 
+def screen_of(shell: Any) -> Screen:
+    """Return where this shell shows output: under Jupyter the cell, else the terminal."""
+    return NotebookScreen(shell) if hasattr(shell, "kernel") else Terminal()
+
+
 class CellValue:
     """The value of the cell's last expression on rank 0, as it looks; the object itself stayed there."""
 
@@ -64,6 +71,39 @@ class CellValue:
 
     def __repr__(self) -> str:
         return str(self._bundle[0].get("text/plain", "<value of the cell on rank 0>"))
+
+
+class _CellSyntaxError(NbddpError):
+    """A syntax error in the body of the cell, shown as that of any cell, without the frames that found it."""
+
+    @classmethod
+    def of(cls, error: SyntaxError, number: int) -> _CellSyntaxError:
+        """Return the error for one that the compiler has raised."""
+        lines = "".join(traceback.format_exception_only(error)).rstrip("\n").split("\n")
+        lines[0] = f"  Cell In[{number}], line {error.lineno}"
+        return cls(str(error), details=tuple(lines))
+
+    def _render_traceback_(self) -> list[str]:
+        return list(self._details)
+
+
+# What front ends show, and a notebook's reader expects.
+_CellSyntaxError.__name__ = "SyntaxError"
+
+
+def source_of(shell: Any) -> Callable[[str], tuple[str, int | None] | None]:
+    """Return what finds a cell's text and execution count by the file name of its code; None for real files."""
+
+    def find(filename: str) -> tuple[str, int | None] | None:
+        lines = () if os.path.exists(filename) else linecache.getlines(filename)
+        return ("".join(lines), getattr(shell.compile, "_filename_map", {}).get(filename)) if lines else None
+
+    return find
+
+
+def _cell_number(shell: Any) -> int:
+    """Return the number of the cell that runs; newer IPython has counted on by then."""
+    return max(len(shell.history_manager.input_hist_parsed) - 1, 0)
 
 
 @magics_class
@@ -89,7 +129,7 @@ class DDPMagics(Magics):
         if options.dry_run:
             sys.stdout.write(_job.dry_run(job, client) + "\n")
             return None
-        finished = _job.perform(job, client, NotebookScreen(self.shell))
+        finished = _job.perform(job, client, screen_of(self.shell))
         if finished.results:
             # One call into C, which no interrupt can tear.
             self.shell.user_ns.update(finished.results[0])
@@ -99,16 +139,20 @@ class DDPMagics(Magics):
         """Prepare the cell.
 
         Raises:
-            SyntaxError: The cell has one, on the line that the notebook shows.
+            _CellSyntaxError: The cell has one, on the line that the notebook shows.
         """
         shell = self.shell
         transformed = shell.transform_cell(source)
         header = f"%%ddp {line}\n"
         # The notebook's own name for the cell's code: in tracebacks, and for what comes back from it.
-        filename = shell.compile.cache(header + transformed, shell.execution_count, raw_code=header + source)
+        number = _cell_number(shell)
+        filename = shell.compile.cache(header + transformed, number, raw_code=header + source)
         # A comment takes the place of the magic line, so that lines are numbered as the notebook numbers them.
-        tree = compile(f"#\n{transformed}", filename, "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-        compile(tree, filename, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        try:
+            tree = compile(f"#\n{transformed}", filename, "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+            compile(tree, filename, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        except SyntaxError as error:
+            raise _CellSyntaxError.of(error, number) from None
         uses = _names.Uses(tree.body, shell.transform_cell)
         self._check_out(options.out, uses)
         hidden = shell.user_ns_hidden
@@ -119,21 +163,17 @@ class DDPMagics(Magics):
             if name in shell.user_ns and shell.user_ns[name] is not hidden.get(name, nothing)
         }
         return _job.Job(
-            cell=Cell(source, filename, shell.execution_count, header),
+            cell=Cell(source, filename, number, header),
             names=names,
             namespace=shell.user_ns,
             options=options,
             lines=uses.taken,
             out=options.out,
-            source_of=self._source_of,
+            known=frozenset(shell.user_ns) - frozenset(hidden),
+            source_of=source_of(shell),
             colors=str(shell.colors),
             grace=self.grace,
         )
-
-    def _source_of(self, filename: str) -> tuple[str, int | None] | None:
-        """Return a cell's text and execution count by the file name of its code; None for real files."""
-        lines = () if os.path.exists(filename) else linecache.getlines(filename)
-        return ("".join(lines), getattr(self.shell.compile, "_filename_map", {}).get(filename)) if lines else None
 
     def _check_out(self, out: Sequence[str], uses: _names.Uses) -> None:
         """Refuse names that the cell cannot bind, before hours of training rather than after.

@@ -81,7 +81,9 @@ class Uses:
                     self._expression(item.context_expr, bound)
                     if item.optional_vars is not None:
                         bound |= self._target(item.optional_vars, bound)
-                return self._block(stmt.body, bound)
+                # Some, such as contextlib.suppress, go on after an exception in the middle.
+                self._block(stmt.body, bound)
+                return bound
             case ast.Try() | ast.TryStar():
                 inside = self._block(stmt.body, bound)
                 for handler in stmt.handlers:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+import itertools
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
@@ -69,6 +71,11 @@ class Options:
             raise OptionError(f"--timeout {self.timeout:g}: a number of seconds above 0")
         if self.max_restarts < 0:
             raise OptionError(f"--max-restarts {self.max_restarts}: 0 or more")
+        for key, text in self.env.items():
+            if not (isinstance(key, str) and isinstance(text, str)) or not key or "=" in key or "\0" in key + text:
+                raise OptionError(f"--env {key}={text}: names and values are strings, as in --env NCCL_DEBUG=INFO")
+            if key in _TORCHRUNS or key.startswith("TORCHELASTIC_"):
+                raise OptionError(f"--env {key}={text}: torchrun sets {key} itself, for each rank")
         for name in self.out:
             if not name.isidentifier():
                 raise OptionError(
@@ -98,9 +105,26 @@ changes stays in that rank; --out brings names back.
 """
 
 
+# What the same thing is called by torchrun and others.
+_ELSEWHERE = dict.fromkeys(("--nproc-per-node", "--num-gpus", "--ngpus", "--np", "-n", "-np"), "--gpus")
+
+# What torchrun sets in each rank, whatever it was.
+_TORCHRUNS = frozenset(
+    {"RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"}
+    | {"ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise OptionError(f"{message}. %%ddp -h lists the options")
+        hint = ""
+        if message.startswith("unrecognized arguments: -"):
+            word = message.split()[2].partition("=")[0]
+            meant = _ELSEWHERE.get(word.replace("_", "-")) or next(
+                iter(difflib.get_close_matches(word, [*self._option_string_actions], 1)), None
+            )
+            hint = f"; did you mean {meant}?" if meant else ""
+        raise OptionError(f"{message}{hint or '.'} %%ddp -h lists the options")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         raise AssertionError("only help exits, and it raises HelpAsked")
@@ -191,10 +215,21 @@ def parse(line: str) -> Options:
         words = shlex.split(line)
     except ValueError as error:
         raise OptionError(f"{error} in: {line}") from None
-    given = vars(_make_parser().parse_args(words))
+    given = vars(_make_parser().parse_args(_tidied(words)))
     given["out"] = tuple(dict.fromkeys(given["out"]))
     given["env"] = dict(given["env"])
     return Options(**given)
+
+
+def _tidied(words: Iterable[str]) -> list[str]:
+    """Return the words as people mean them: without a comment, and ``a, b`` as one list."""
+    tidied: list[str] = []
+    for word in itertools.takewhile(lambda word: not word.startswith("#"), words):
+        if tidied and (tidied[-1].endswith(",") or (word.startswith(",") and not tidied[-1].startswith("-"))):
+            tidied[-1] += word
+        else:
+            tidied.append(word)
+    return tidied
 
 
 def help_text() -> str:

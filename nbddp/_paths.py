@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 
 from nbddp._errors import LaunchError
 
@@ -71,17 +72,33 @@ class RunDir:
         """Return the directory that multiprocessing in this rank uses for its sockets."""
         return os.path.join(self.root, f"mp.{rank}")
 
-    def data(self, name: str, size: int) -> str:
-        """Return a path for `size` bytes of data: in memory if there is room, else on disk.
+    def store(self, name: str, size: int, write: Callable[[str], None]) -> str:
+        """Have `write` write a new file of `size` bytes: in memory if there is room, else on disk.
+
+        Args:
+            name: The file's name; one of that name is deleted before.
+            size: Its size in bytes.
+            write: Called with the path.
+
+        Returns:
+            The path.
 
         Raises:
             LaunchError: Neither has room; the message names both and their sizes.
+            OSError: It could not be written.
         """
         free = {}
         if self._shm is not None and os.path.isdir(_SHM):
             free[_SHM] = _free(_SHM)
             if free[_SHM] >= size + _SHM_RESERVE and self._make_shm():
-                return os.path.join(self._shm, name)
+                path = os.path.join(self._shm, name)
+                try:
+                    _write_new(path, write)
+                    return path
+                except OSError as error:  # another rank has taken the room meanwhile
+                    if error.errno != errno.ENOSPC:
+                        raise
+                    free[_SHM] = _free(_SHM)
         parent = os.path.dirname(os.path.dirname(self.root))
         free[parent] = _free(parent)
         if free[parent] < size:
@@ -90,7 +107,9 @@ class RunDir:
                 f"no room for {format_size(size)} of data: there are {room} free. "
                 "Make room, or set TMPDIR to a folder that has it and restart the kernel"
             )
-        return os.path.join(self.root, name)
+        path = os.path.join(self.root, name)
+        _write_new(path, write)
+        return path
 
     def _make_shm(self) -> bool:
         assert self._shm is not None
@@ -107,6 +126,17 @@ class RunDir:
         shutil.rmtree(self.root, ignore_errors=True)
         if self._shm is not None:
             shutil.rmtree(self._shm, ignore_errors=True)
+
+    def remove_again(self) -> None:
+        """If it was removed, delete what processes that were still ending have made there since."""
+        if not os.path.exists(self.script):
+            self.remove()
+
+
+def _write_new(path: str, write: Callable[[str], None]) -> None:
+    with contextlib.suppress(FileNotFoundError):  # of an attempt before a restart
+        os.unlink(path)
+    write(path)
 
 
 class Session:
@@ -165,8 +195,11 @@ class Session:
 
 def _lock(directory: str) -> int:
     """Mark the directory as in use for as long as this process lives."""
-    fd = os.open(os.path.join(directory, _LOCK), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    path = os.path.join(directory, _LOCK)
+    # Under its name only once it is locked: another kernel's sweep takes one that is not for a dead kernel's.
+    fd = os.open(f"{path}.new", os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     fcntl.flock(fd, fcntl.LOCK_EX)
+    os.rename(f"{path}.new", path)
     return fd
 
 

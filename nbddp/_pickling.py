@@ -22,6 +22,7 @@ The pickler is cloudpickle's with four additions:
 from __future__ import annotations
 
 import ctypes
+import functools
 import io
 import mmap
 import os
@@ -30,6 +31,7 @@ import struct
 import sys
 import threading
 import types
+import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -250,7 +252,12 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
         # cloudpickle pickles functions with the globals that this table has for theirs (undocumented; a test holds
         # it). It compares the entry with an empty dict, which an object of another type never equals.
         self.globals_ref[id(namespace)] = _SharedGlobals()
-        self._reducers: dict[type, Callable[[Any], Any]] = {types.CodeType: self._reduce_code}
+        self._reducers: dict[type, Callable[[Any], Any]] = {
+            types.CodeType: self._reduce_code,
+            functools._lru_cache_wrapper: self._reduce_cached_function,
+            functools.cached_property: _reduce_cached_property,
+            typing.NewType: self._reduce_new_type,
+        }
         self._wrapper: type | None = None
         torch = sys.modules.get("torch")
         # Present but half imported, in another thread, is as good as absent: nothing can have made a tensor yet.
@@ -293,11 +300,36 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
             # A tuple of two is a reference in disguise, such as that of NoneType; of six, the object by value.
             if reduced is not NotImplemented and len(reduced) > 2:
                 self.met.append(obj)
+                if "__slots__" in getattr(obj, "__dict__", ()) and kind is not types.FunctionType:
+                    reduced = _with_slots(obj, reduced)
             return reduced
         if self._wrapper is not None and issubclass(kind, self._wrapper):
             self._unwrapped.append(kind.__name__)
             return _identity, (obj.module,)
         return NotImplemented
+
+    def _reduce_cached_function(self, function: Any) -> Any:
+        # By itself it is pickled as a name in its module.
+        if not self._by_value(function):
+            return NotImplemented
+        if (key := self._received.get(id(function))) is not None:
+            return _senders_own, (key,)
+        self.met.append(function)
+        parameters = function.cache_parameters()
+        return _make_cached_function, (function.__wrapped__, parameters["maxsize"], parameters["typed"])
+
+    def _reduce_new_type(self, kind: Any) -> Any:
+        if not self._by_value(kind):
+            return NotImplemented
+        if (key := self._received.get(id(kind))) is not None:
+            return _senders_own, (key,)
+        self.met.append(kind)
+        return typing.NewType, (kind.__name__, kind.__supertype__)
+
+    def _by_value(self, obj: Any) -> bool:
+        """Tell whether an object with a name and a module is the notebook's, as cloudpickle tells it of functions."""
+        found = cloudpickle.cloudpickle._lookup_module_and_qualname(obj)
+        return found is None or bool(cloudpickle.cloudpickle._is_registered_pickle_by_value(found[0]))
 
     def _reduce_code(self, code: types.CodeType) -> Any:
         # The file name is what tracebacks, inspect.getsource, torch.jit and Triton find the source by; a cloudpickle
@@ -338,14 +370,35 @@ class _Storage:
         self.untyped = untyped
 
 
-def _view(storage: Any) -> memoryview:
+def _view(storage: Any) -> Any:
     """Return the memory of a CPU storage; it is the caller's to keep the storage alive as long as the view."""
-    make = ctypes.pythonapi.PyMemoryView_FromMemory
-    make.restype = ctypes.py_object
-    make.argtypes = (ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)
-    writable = 0x200  # PyBUF_WRITE
-    view: memoryview = make(storage.data_ptr(), storage.nbytes(), writable)
-    return view
+    # No memoryview: where one exports its buffer to another in a reference cycle, the garbage collector may clear them
+    # in an order in which CPython crashes.
+    return (ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())
+
+
+def _with_slots(kind: type, reduced: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Have the class made with its slots; cloudpickle only sets their names afterwards, which makes none."""
+    make, (metaclass, name, bases, namespace, *rest), *others = reduced
+    if make is not cloudpickle.cloudpickle._make_skeleton_class:
+        return reduced
+    slots = kind.__dict__["__slots__"]
+    return make, (metaclass, name, bases, {**namespace, "__slots__": slots}, *rest), *others
+
+
+def _reduce_cached_property(cached: Any) -> Any:
+    # Before Python 3.12 it holds a lock.
+    return _make_cached_property, (cached.func, cached.attrname)
+
+
+def _make_cached_property(function: Callable[..., Any], name: str | None) -> Any:
+    cached = functools.cached_property(function)
+    cached.attrname = name
+    return cached
+
+
+def _make_cached_function(function: Callable[..., Any], maxsize: int | None, typed: bool) -> Any:
+    return functools.lru_cache(maxsize, typed)(function)
 
 
 def _identity(obj: Any) -> Any:

@@ -12,6 +12,7 @@ import os
 import select
 import signal
 import socket
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,15 +133,31 @@ def hang_up() -> None:
     leave, not to wait as long.
     """
     null = os.open(os.devnull, os.O_RDWR)
-    for entry in os.listdir("/dev/fd"):
-        with contextlib.suppress(OSError):  # not a socket, or listdir's own descriptor, gone by now
-            with socket.socket(fileno=os.dup(int(entry))) as held:
-                tcp = held.family in (socket.AF_INET, socket.AF_INET6) and held.type == socket.SOCK_STREAM
-            if tcp:
-                # Not shut down: gloo's thread, which waits on it, would take that for an error and abort. And not
-                # closed: its number must not become another file's while there are objects that hold it.
-                os.dup2(null, int(entry))
+    for fd, _ in _connections():
+        # Not shut down: gloo's thread, which waits on it, would take that for an error and abort. And not closed: its
+        # number must not become another file's while there are objects that hold it.
+        os.dup2(null, fd)
     os.close(null)
+
+
+def break_off() -> None:
+    """Tell the other end of every TCP connection of this process that no more will come.
+
+    Whoever waits there for data of ours gets an error; and we get one from there, once it leaves.
+    """
+    for _, connection in _connections():
+        with contextlib.suppress(OSError):  # it is not connected
+            connection.shutdown(socket.SHUT_WR)
+
+
+def _connections() -> Iterator[tuple[int, socket.socket]]:
+    """Yield this process's TCP sockets: descriptor, and an object that is closed afterwards."""
+    for entry in os.listdir("/dev/fd"):
+        with contextlib.suppress(OSError):  # listdir's own descriptor, gone by now
+            if stat.S_ISSOCK(os.fstat(int(entry)).st_mode):
+                with socket.socket(fileno=os.dup(int(entry))) as held:
+                    if held.family in (socket.AF_INET, socket.AF_INET6) and held.type == socket.SOCK_STREAM:
+                        yield int(entry), held
 
 
 def usable_cores() -> int:

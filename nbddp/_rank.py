@@ -80,7 +80,6 @@ def restore(
         closure: A snapshot in base 85, or the name of the file that holds it, relative to the script.
         arguments: The fields of `nbddp._script.Cell` and `Setup`.
     """
-    sys.path[:0] = [folder for folder in path if folder not in sys.path]
     in_rank = namespace["__name__"] == "__main__"
     _complete("script started")
     _state.arguments = {"cell": cell, "cells": {name: number for name, (_, number) in sources.items()}, **arguments}
@@ -88,6 +87,8 @@ def restore(
     try:
         if in_rank:
             device = _enter(**arguments)
+        # Only now: a queue.py beside the notebook is not what torch is to import.
+        sys.path[:0] = [folder for folder in path if folder not in sys.path]
         _show_sources(sources)
         target = _state.target = Target(namespace, namespace, device=device)
         # A function that uses __name__ brings the notebook's along, and in a spawned worker that would be wrong.
@@ -119,7 +120,8 @@ def _enter(*, init: bool, backend: str | None, gpus: bool, **_: Any) -> str:
         assert _state.run_dir is not None
         _repair.repair(_state.run_dir.workers_temp(int(os.environ["RANK"])))
     if _state.run_dir is not None:
-        _process.die_with_parent(os.getppid())
+        if not forked:
+            _process.die_with_parent(os.getppid())
         # A process started by one that ignores SIGINT, as the launcher does, would never see a KeyboardInterrupt.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _state.notebook = _uplink.Uplink(_state.run_dir, secret)
@@ -220,7 +222,7 @@ def _outcome(error: BaseException | None, lines: tuple[str, ...]) -> dict[str, A
     if isinstance(error, CannotForkError):
         return {"outcome": "cannot fork", "message": str(error)}
     if not lines:
-        lines = tuple(line.rstrip("\n") for line in traceback.format_exception(error))
+        lines = tuple(_formatted(error))
     return {
         "outcome": "raised",
         "exception": type(error).__name__,
@@ -228,6 +230,16 @@ def _outcome(error: BaseException | None, lines: tuple[str, ...]) -> dict[str, A
         "lines": lines,
         "missing": error.name if isinstance(error, NameError) else None,
     }
+
+
+def _formatted(error: BaseException) -> list[str]:
+    """Return the traceback of an error on the way to the cell, without the frames of nbddp itself."""
+    rendered = traceback.TracebackException.from_exception(error)
+    own = os.path.dirname(__file__)
+    rendered.stack = traceback.StackSummary.from_list(
+        [frame for frame in rendered.stack if os.path.dirname(frame.filename) != own]
+    )
+    return "".join(rendered.format()).rstrip("\n").split("\n")
 
 
 def _message(error: BaseException) -> str:
@@ -253,10 +265,7 @@ def _results(namespace: dict[str, Any], out: tuple[str, ...], *, everywhere: boo
 
         return {"bad_results": explain_results(names, namespace)}
     try:
-        path = _state.run_dir.data(f"results.{rank}", snapshot.nbytes)
-        with contextlib.suppress(FileNotFoundError):  # of an attempt before a restart
-            os.unlink(path)
-        snapshot.write(path)
+        path = _state.run_dir.store(f"results.{rank}", snapshot.nbytes, snapshot.write)
     except Exception as error:
         return {"bad_results": f"cannot bring back {', '.join(out)}: {error}"}
     return {"results": path, "unwrapped": snapshot.unwrapped}
@@ -299,8 +308,8 @@ def _end_as_a_script() -> None:
     multiprocessing, in whose child a forked rank runs, runs exit handlers only from Python 3.13 on, and then it would
     be too late to show what they print.
     """
-    try:
-        threading._shutdown()  # type: ignore[attr-defined]
-        atexit._run_exitfuncs()
-    except BaseException:
-        traceback.print_exc()
+    for stage in (threading._shutdown, atexit._run_exitfuncs):  # type: ignore[attr-defined]
+        try:
+            stage()
+        except BaseException:  # an interrupt ends the wait for a thread, not what comes after it
+            traceback.print_exc()

@@ -32,6 +32,7 @@ class RankState:
         in_cell: Whether it has begun to run the cell.
         outcome: Its report, once there is one; see `nbddp._rank._outcome`.
         ended: Whether it has said that nothing more comes, or is gone.
+        ended_at: When that was.
         died: When it was seen to be gone without having said so.
         exitcode: How torchrun says that it ended, if it died.
         stopped: Whether it was ended by nbddp.
@@ -45,6 +46,7 @@ class RankState:
     in_cell: bool = False
     outcome: dict[str, Any] | None = None
     ended: bool = False
+    ended_at: float = 0.0
     died: float | None = None
     exitcode: int | None = None
     stopped: bool = False
@@ -103,6 +105,11 @@ class Ranks:
         """Take all ranks for dead that have not said that they ended."""
         for state in list(self.states.values()):
             self._see_death(state)
+
+    def tell(self, state: RankState, kind: str) -> None:
+        """Send a rank a word; see `nbddp._uplink.Uplink._listen`."""
+        with contextlib.suppress(OSError):  # it is gone, or does not listen
+            _wire.send(state.inbox.sock, kind)
 
     # Who connects.
 
@@ -168,7 +175,8 @@ class Ranks:
         self._take_from_rank(state, state.inbox.receive())
         if state.inbox.closed:
             self._loop.unwatch(state.inbox.sock)
-            if state.pidfd is None:  # where there is nothing better, this is how a death is seen
+            # Where there is nothing better, this is how a death is seen.
+            if state.pidfd is None or state.inbox.broken:
                 self._see_death(state)
 
     def _take_from_rank(self, state: RankState, messages: list[_wire.Message]) -> None:
@@ -187,7 +195,7 @@ class Ranks:
                 case "end":
                     # It flushed before it said so: all that is its own is in the pipe. Its children may go on.
                     self._drain(state)
-                    state.ended = True
+                    state.ended, state.ended_at = True, time.monotonic()
                     self._loop.unwatch(state.output)
 
     def _read(self, state: RankState) -> bool:
@@ -216,7 +224,7 @@ class Ranks:
             self._hear(state)
         self._drain(state)
         if not state.ended:
-            state.died = time.monotonic()
+            state.died = state.ended_at = time.monotonic()
             state.ended = True
         self._loop.unwatch(state.output)
         self._loop.unwatch(state.inbox.sock)

@@ -77,7 +77,6 @@ class RankOutput:
     """The output of one rank: its log, its unfinished line, and its tail.
 
     Attributes:
-        log: The path of its log.
         hidden_lines: How many lines were not shown.
         hidden_chars: Their length.
     """
@@ -85,7 +84,6 @@ class RankOutput:
     def __init__(self, rank: int, log: str, secret: str, tail_limit: int) -> None:
         self.rank = rank
         self.label = f"[rank {rank}] "
-        self.log = log
         self.hidden_lines = 0
         self.hidden_chars = 0
         self._mark = f"\0nbddp:{secret}:".encode()
@@ -114,13 +112,17 @@ class RankOutput:
         text, self._bytes = self._bytes[:complete], self._bytes[complete:]
         yield self._lines(text)
 
+    def close(self) -> None:
+        """Close the log; safe to call twice."""
+        if self._log_fd is not None:
+            os.close(self._log_fd)
+            self._log_fd = None
+
     def finish(self) -> str:
         """Return what is left at the end, as a complete line; the log is closed."""
         text = self._lines(self._bytes) + self._rest()
         self._bytes = b""
-        if self._log_fd is not None:
-            os.close(self._log_fd)
-            self._log_fd = None
+        self.close()
         return text
 
     @property
@@ -179,8 +181,7 @@ class RankOutput:
             while view:
                 view = view[os.write(self._log_fd, view) :]
         except OSError as error:  # a full disk takes the log, not the run
-            os.close(self._log_fd)
-            self._log_fd = None
+            self.close()
             self._line = f"(nbddp: the log of this rank ends here: {error.strerror})\n" + self._line
 
 
@@ -195,10 +196,14 @@ class Relay:
         self._screen = screen
         self._left = HEAD_LIMIT
         self._several = ranks > 1
-        self.outputs = [
-            RankOutput(rank, os.path.join(logs, f"rank{rank}.log"), secret, TAIL_LIMIT // ranks)
-            for rank in range(ranks)
-        ]
+        self.outputs: list[RankOutput] = []
+        try:
+            for rank in range(ranks):
+                log = os.path.join(logs, f"rank{rank}.log")
+                self.outputs.append(RankOutput(rank, log, secret, TAIL_LIMIT // ranks))
+        except OSError:
+            self.close()
+            raise
         self._displays: dict[tuple[int, int], dict[str, Any]] = {}
         self._marks: list[tuple[int, int]] = []
         self._live = ""
@@ -238,6 +243,11 @@ class Relay:
         else:
             self._displays[key] = message
 
+    def close(self) -> None:
+        """Close the logs; safe to call twice."""
+        for output in self.outputs:
+            output.close()
+
     def finish(self) -> None:
         """Show what is left, and say what was left out."""
         for output in self.outputs:
@@ -274,11 +284,12 @@ class Relay:
     def _publish(self, rank: int, message: dict[str, Any]) -> None:
         data, update = message["data"], message["update"]
         if self._several and not update:
-            text = str(data.get("text/plain", "display"))
             label = self.outputs[rank].label
-            self._screen.write(label + text.replace("\n", "\n" + label) + "\n")
             if set(data) <= {"text/plain"}:
+                text = str(data.get("text/plain", ""))
+                self._screen.write(label + text.replace("\n", "\n" + label) + "\n")
                 return
+            self._screen.write(label.rstrip() + "\n")
         self._screen.publish(data, message["metadata"], message["transient"], update)
 
 

@@ -101,7 +101,8 @@ def _threads() -> None:
     limit = int(os.environ["OMP_NUM_THREADS"].split(",")[0])
     torch.set_num_threads(limit)
     if _libraries is not None:
-        _libraries.limit(limits=int(os.environ.get("OPENBLAS_NUM_THREADS", limit)))
+        for library, variable in (("openblas", "OPENBLAS_NUM_THREADS"), ("mkl", "MKL_NUM_THREADS")):
+            _libraries.select(internal_api=library).limit(limits=int(os.environ.get(variable, limit)))
 
 
 def _random_state() -> None:

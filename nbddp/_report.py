@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from nbddp._errors import LaunchError, NbddpError, RankError, RunTimeout
+from nbddp._errors import LaunchError, NbddpError, RankError, RunLostError, RunTimeout
 from nbddp._paths import RunDir
 from nbddp._ranks import RankState, how_it_died, in_short
 from nbddp._run import Ending
@@ -53,12 +53,14 @@ def error_of(
         case "timeout":
             message = f"the run was stopped after --timeout {timeout:g} seconds"
             return RunTimeout(message, notes=tuple(where))
+    if ending.refusal is not None:
+        return LaunchError(f"no rank could be started: {ending.refusal}")
     if launcher is not None:
-        return LaunchError("nbddp's launcher ended, and the run with it", notes=(launcher,))
+        return RunLostError("nbddp's launcher ended, and the run with it", notes=(launcher,))
     if ending.cause == "no ranks" or ending.first is None:
         return LaunchError("torchrun could not start the ranks", notes=_last_words(run_dir))
     if ending.agent_status is not None and ending.agent_status < 0 and ending.first.outcome is None:
-        return LaunchError(f"torchrun's agent {how_it_died(ending.agent_status)}, and the ranks with it")
+        return RunLostError(f"torchrun's agent {how_it_died(ending.agent_status)}, and the ranks with it")
     return _rank_error(ending, ending.first, run_dir, cell, ranks, oom_kills, set(known))
 
 

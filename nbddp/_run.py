@@ -23,10 +23,11 @@ from nbddp._relay import Relay
 from nbddp._stop import InterruptGate, Ladder, Step
 from nbddp._uplink import STACK_SIGNAL
 
-# Seconds that torchrun has to say how a rank died, and to start the ranks again, before nbddp goes on without it.
-# It never starts them again after one that left with status 0.
+# Seconds that torchrun has to say how a rank died, and, after the failed ranks are gone, to start them all again,
+# before nbddp goes on without it. It gives the others 30 seconds to end; it never starts anew after one that left with
+# status 0.
 _AGENT_SECONDS = 3.0
-_RESTART_SECONDS = {"fork": 5.0, "spawn": 120.0}
+_RESTART_SECONDS = {"fork": 40.0, "spawn": 160.0}
 
 # Seconds to wait for the launcher's word that all is gone; it needs milliseconds.
 _END_SECONDS = 15.0
@@ -43,6 +44,7 @@ class Ending:
         value: The mime bundle of the cell's value on rank 0, and its metadata.
         killed: Whether ranks had to be killed after an interrupt.
         agent_status: The agent's exit status, if it ended without a word.
+        refusal: Why the launcher started nothing, if it said so.
         times: When each stage was complete, on the rank that took longest for it (``time.monotonic``).
     """
 
@@ -52,6 +54,7 @@ class Ending:
     value: tuple[dict[str, Any], dict[str, Any]] | None = None
     killed: bool = False
     agent_status: int | None = None
+    refusal: str | None = None
     times: dict[str, float] = field(default_factory=dict)
 
 
@@ -94,7 +97,7 @@ class Run:
         self._say = say
         self._loop = Loop()
         self._ranks = Ranks(server, self._loop, relay, arrived=self._arrived)
-        self._attempt = 0
+        self._announced = -1  # the attempt whose failure the user has been told of
         self._ladder: Ladder | None = None
         self._cause = "done"
         self._killed = False
@@ -102,7 +105,8 @@ class Run:
         self._launcher_ended = False
         self._launcher_died = False
         self._agent_status: int | None = None
-        self._restart_by: float | None = None
+        self._refusal: str | None = None
+        self._all_reported = False
 
     def wait(self) -> Ending:
         """Launch and wait for the end.
@@ -118,7 +122,10 @@ class Run:
             with contextlib.suppress(OSError):
                 self._send("launch", **vars(self._launch))
             while not self._over():
-                self._step(min(self._deadline, self._ladder_due(), self._restart_by or float("inf"), self._relay.due))
+                self._loop.step(min(self._deadline, self._ladder_due(), self._give_up_at(), self._relay.due))
+                self._look_at_the_clock()
+            # What comes now cannot change how the run ended.
+            self._all_reported = True
             if self._cause == "done" and self._ranks.failed:
                 self._cause = "failed"
             self._name_deaths()
@@ -147,10 +154,6 @@ class Run:
 
     # The loop.
 
-    def _step(self, until: float) -> None:
-        self._loop.step(until)
-        self._look_at_the_clock()
-
     def _over(self) -> bool:
         if self._launcher_ended or self._killed:
             return True
@@ -160,12 +163,20 @@ class Run:
     def _may_restart(self) -> bool:
         """Tell whether torchrun is about to start the ranks again."""
         return (
-            self._attempt < self._launch.max_restarts
+            self._ranks.attempt < self._launch.max_restarts
             and self._ladder is None
             and not self._ranks.agent_ended
             and bool(self._ranks.failed)
-            and (self._restart_by is None or time.monotonic() < self._restart_by)
+            and time.monotonic() < self._give_up_at()
         )
+
+    def _give_up_at(self) -> float:
+        """Return until when torchrun is waited for to start the ranks again (``time.monotonic``)."""
+        failed = self._ranks.failed
+        # A failed rank runs its exit handlers first, and they take what they take.
+        if not failed or self._ladder is not None or not all(state.ended for state in failed):
+            return float("inf")
+        return max(state.ended_at for state in failed) + _RESTART_SECONDS[self._launch.start_method]
 
     def _ladder_due(self) -> float:
         return self._ladder.due if self._ladder is not None else float("inf")
@@ -176,11 +187,12 @@ class Run:
         if self._ladder is None and time.monotonic() >= self._deadline:
             self._stop("timeout", Ladder.of_interrupt(self._grace))
         if self._ladder is None and (failed := self._ranks.failed):
-            if self._attempt < self._launch.max_restarts and self._restart_by is None:
-                self._restart_by = time.monotonic() + _RESTART_SECONDS[self._launch.start_method]
+            attempt = self._ranks.attempt
+            if attempt < self._launch.max_restarts and self._announced < attempt:
+                self._announced = attempt
                 self._say(
                     f"nbddp: rank {failed[0].rank} failed ({in_short(failed[0])}); "
-                    f"restart {self._attempt + 1} of {self._launch.max_restarts}"
+                    f"restart {attempt + 1} of {self._launch.max_restarts}"
                 )
             elif not self._may_restart():
                 self._stop("failed", Ladder.of_failure())
@@ -191,7 +203,12 @@ class Run:
 
     def _interrupt(self) -> None:
         self._gate.drain()
-        if self._gate.presses > 1 or not self._ranks.states:
+        if self._all_reported:
+            self._send_kill()
+        elif self._cause in ("failed", "timeout"):
+            # It is ending already, for a reason that the user will want to see.
+            self._stop(self._cause, Ladder.of_impatience())
+        elif self._gate.presses > 1 or not self._ranks.states:
             self._stop("interrupted", Ladder.of_impatience())
         elif self._cause != "interrupted":
             self._stop("interrupted", Ladder.of_interrupt(self._grace))
@@ -199,9 +216,8 @@ class Run:
     def _stop(self, cause: str, ladder: Ladder) -> None:
         self._cause = cause
         self._ladder = ladder
-        # Neither is to come any more; and a time in the past would keep the loop spinning.
+        # It is not to come any more; and a time in the past would keep the loop spinning.
         self._deadline = float("inf")
-        self._restart_by = None
 
     def _take(self, step: Step) -> None:
         alive = [state for state in self._ranks.states.values() if not state.ended]
@@ -211,7 +227,11 @@ class Run:
             self._killed = True
             return
         for state in alive:
-            if step is Step.INTERRUPT and state.in_cell:
+            if step is Step.BREAK_OFF:
+                if state.in_cell and state.outcome is None:
+                    self._ranks.tell(state, "break off")
+            elif step is Step.INTERRUPT and state.in_cell:
+                self._ranks.tell(state, "interrupted")
                 # The stack first: it is written by the C-level handler, before KeyboardInterrupt unwinds it.
                 _process.signal_main_thread(state.pid, state.pidfd, STACK_SIGNAL)
                 _process.signal_main_thread(state.pid, state.pidfd, signal.SIGINT)
@@ -226,9 +246,6 @@ class Run:
 
     def _arrived(self, state: RankState) -> None:
         """Tell a rank that has just connected what the others were told already."""
-        if self._ranks.attempt > self._attempt:
-            self._attempt = self._ranks.attempt
-            self._restart_by = None
         if self._ladder is not None:
             state.stopped = True
             _process.send_signal(state.pid, state.pidfd, signal.SIGTERM)
@@ -253,6 +270,7 @@ class Run:
                         self._agent_status = message["status"]
                 case "refused":
                     self._launcher_ended = True
+                    self._refusal = message["reason"]
         if self._channel.closed and not self._launcher_ended:
             # Killed: the kernel takes its place.
             self._launcher_ended = self._launcher_died = True
@@ -270,21 +288,28 @@ class Run:
             and not (self._ranks.agent_ended or self._launcher_ended)
             and time.monotonic() < deadline
         ):
-            self._step(deadline)
+            self._loop.step(deadline)
 
     def _let_go(self) -> None:
         """Tell the launcher that the run is over; see to it that all of it is gone, where that matters."""
         if self._launcher_ended:
             return
         done = self._cause == "done"
-        with contextlib.suppress(OSError):
-            self._send("finish" if done else "kill")
+        if done:
+            with contextlib.suppress(OSError):
+                self._send("finish")
+        else:
+            self._send_kill()
         # A launcher that is still importing will find the request taken back.
         if (done and not self._wait_until_gone) or not self._started:
             return
         deadline = time.monotonic() + _END_SECONDS
         while not self._launcher_ended and time.monotonic() < deadline:
-            self._step(deadline)
+            self._loop.step(deadline)
+
+    def _send_kill(self) -> None:
+        with contextlib.suppress(OSError):
+            self._send("kill")
 
     def _ending(self) -> Ending:
         cause = self._cause
@@ -293,5 +318,12 @@ class Run:
         failed = self._ranks.failed
         first = failed[0] if failed else None
         return Ending(
-            cause, self._ranks.states, first, self._ranks.value, self._killed, self._agent_status, self._ranks.times
+            cause,
+            self._ranks.states,
+            first,
+            self._ranks.value,
+            self._killed,
+            self._agent_status,
+            self._refusal,
+            self._ranks.times,
         )

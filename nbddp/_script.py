@@ -13,6 +13,9 @@ from dataclasses import asdict, dataclass, field
 
 from nbddp._pickling import Snapshot
 
+# The file name of the cell that `nbddp.launch` makes: one line, which calls the function.
+CALLER = "<nbddp.launch>"
+
 # Up to this many bytes the closure stands in the script itself; a larger one lies beside it.
 EMBED_LIMIT = 1 << 20
 

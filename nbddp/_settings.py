@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 
 # Set by nbddp.
@@ -45,7 +44,7 @@ def read_at_load(env: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in env.items() if k.startswith(_READ_AT_LOAD) and not k.startswith(_READ_LATER)}
 
 
-def start_method(env: Mapping[str, str] = os.environ) -> str | None:
+def start_method(env: Mapping[str, str]) -> str | None:
     """Return the start method that the user asks for, or None.
 
     Raises:

@@ -31,6 +31,9 @@ from IPython.core.interactiveshell import InteractiveShell
 from traitlets import Type
 from traitlets.config import Config
 
+from nbddp._script import CALLER
+from nbddp._uplink import flush
+
 # Sends a mime bundle to the notebook: (data, metadata, transient, update, is it the cell's value).
 Publish = Callable[[dict[str, Any], dict[str, Any], dict[str, Any], bool, bool], None]
 
@@ -131,6 +134,8 @@ class RankShell(InteractiveShell):
     def showtraceback(self, exc_tuple: Any = None, *_: Any, tb_offset: int | None = None, **__: Any) -> None:
         """Keep the traceback for the report to the notebook."""
         kind, value, tb = self._get_exc_info(exc_tuple)
+        while tb is not None and tb.tb_next is not None and tb.tb_frame.f_code.co_filename == CALLER:
+            tb, tb_offset = tb.tb_next, 0
         if not isinstance(value, SystemExit | KeyboardInterrupt):
             self.traceback = self._rendered(kind, value, tb, tb_offset)
 
@@ -272,16 +277,11 @@ def make(directory: str) -> RankShell:
     for name in ("ps1", "ps2", "ps3"):  # by these, libraries tell an interactive interpreter
         if hasattr(sys, name):
             delattr(sys, name)
+    for name in ("exit", "quit"):  # a notebook's own are hidden from it; a script has those of the interpreter
+        shell.builtin_trap.auto_builtins.pop(name, None)
     # It empties the namespace, which is the script's.
     atexit.unregister(shell.atexit_operations)
     return shell
-
-
-def flush() -> None:
-    """Flush Python's output streams; the user may have replaced or closed them."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
 
 
 def _jsonable(data: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,10 @@ SETTLE_SECONDS = 0.5
 # Seconds that a rank which has reported its end has for threads and exit handlers.
 EXIT_SECONDS = 5.0
 
+# Seconds after an interrupt until the connections of a rank are closed whose main thread has not moved since: two that
+# wait for each other in different collectives would wait until they are killed.
+BREAK_OFF_SECONDS = 1.0
+
 # Seconds between SIGTERM and SIGKILL.
 TERM_SECONDS = 1.0
 
@@ -31,6 +35,7 @@ class Step(Enum):
     """What can be done to a rank."""
 
     INTERRUPT = "interrupt"  # its stack is taken, then SIGINT
+    BREAK_OFF = "break off"  # a rank that hangs in a collective gives up its connections
     TERMINATE = "terminate"  # SIGTERM, unless it has reported and is only cleaning up
     KILL_RANKS = "kill ranks"  # SIGKILL, likewise
     KILL = "kill"  # SIGKILL, to all that the run has started
@@ -46,7 +51,9 @@ class Ladder:
     def of_interrupt(cls, grace: float) -> Ladder:
         """The user wants the run to end: every rank gets its chance to clean up."""
         now = time.monotonic()
-        return cls([(now, Step.INTERRUPT), (now + grace, Step.TERMINATE), (now + grace + TERM_SECONDS, Step.KILL)])
+        steps = [(now, Step.INTERRUPT), (now + BREAK_OFF_SECONDS, Step.BREAK_OFF)]
+        steps += [(now + grace, Step.TERMINATE), (now + grace + TERM_SECONDS, Step.KILL)]
+        return cls(sorted(steps, key=lambda step: step[0]))
 
     @classmethod
     def of_failure(cls) -> Ladder:

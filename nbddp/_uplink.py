@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from nbddp import _process, _wire
@@ -71,12 +72,30 @@ class Uplink:
             os.close(fd)
         # A worker process must not keep the connection of a dead rank open.
         os.register_at_fork(after_in_child=self._sock.close)
+        threading.Thread(target=self._listen, name="nbddp", daemon=True).start()
+
+    def _listen(self) -> None:
+        """Help an interrupt through to a main thread that hangs in a collective, where Python's handler cannot run.
+
+        Told of an interrupt, see where the main thread is; told to break off, and it has not moved, end the rank's
+        side of its connections: collectives raise in the ranks that wait for it, and here when those leave; then Python
+        runs its handler.
+        """
+        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        inbox = _wire.Inbox(self._sock)
+        spot = None
+        while not inbox.closed:
+            for message in inbox.receive():
+                if message["kind"] == "interrupted":
+                    spot = _main_threads_spot()
+                elif message["kind"] == "break off" and spot is not None and spot == _main_threads_spot():
+                    _process.break_off()
 
     def publish(
         self, data: dict[str, Any], metadata: dict[str, Any], transient: dict[str, Any], update: bool, value: bool
     ) -> None:
         """Have the notebook show a mime bundle after what has been printed so far."""
-        with self._lock:
+        with self._lock, _whole():
             flush()
             self._displays += 1
             with contextlib.suppress(OSError):  # the cell has closed descriptor 1: it is shown at the end
@@ -94,19 +113,34 @@ class Uplink:
 
     def begin(self) -> None:
         """Tell that the cell begins: from here on an interrupt is the cell's to handle."""
-        with self._lock:
+        with self._lock, _whole():
             _wire.send(self._sock, "begin")
 
     def report(self, **outcome: Any) -> None:
         """Tell how the cell ended."""
-        with self._lock:
+        with self._lock, _whole():
             _wire.send(self._sock, "report", time=time.monotonic(), **outcome)
 
     def end(self) -> None:
         """Tell that nothing more is to come; what is printed after this is not shown."""
-        with self._lock:
+        with self._lock, _whole():
             flush()
             _wire.send(self._sock, "end")
+
+
+def _main_threads_spot() -> tuple[Any, int] | None:
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return (frame, frame.f_lasti) if frame is not None else None
+
+
+@contextlib.contextmanager
+def _whole() -> Iterator[None]:
+    """Put off an interrupt: half a message would make the next one unreadable."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _text_stream(fd: int) -> io.TextIOWrapper:

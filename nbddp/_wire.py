@@ -1,7 +1,7 @@
 """Messages between nbddp's own processes, over Unix sockets that no other user can open.
 
 A message is a JSON object behind a length of four bytes. Only text crosses a socket; nothing that arrives on one is
-ever unpickled. Files descriptors may ride along with a message.
+ever unpickled. File descriptors may ride along with a message.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Inbox:
     Attributes:
         closed: True once the other end is gone and every message before that has been returned.
         idle: True if the last call of `receive` found nothing to read.
+        broken: True if what came was no message; nothing more is read.
         fds: Descriptors received and not yet taken; the caller closes them.
     """
 
@@ -56,13 +57,14 @@ class Inbox:
         self.sock = sock
         self.closed = False
         self.idle = False
+        self.broken = False
         self.fds: list[int] = []
         self._buffer = bytearray()
 
     def receive(self) -> list[Message]:
         """Read once from the socket and return the messages that are complete.
 
-        Never blocks on a non-blocking socket; a connection reset counts as its end.
+        Never blocks on a non-blocking socket; a connection reset counts as its end, and so does what is no message.
         """
         self.idle = False
         try:
@@ -80,7 +82,12 @@ class Inbox:
             end = _LENGTH.size + _LENGTH.unpack_from(self._buffer)[0]
             if len(self._buffer) < end:
                 break
-            messages.append(json.loads(bytes(self._buffer[_LENGTH.size : end])))
+            try:
+                messages.append(json.loads(bytes(self._buffer[_LENGTH.size : end])))
+            except ValueError:
+                self.closed = self.broken = True
+                self._buffer.clear()
+                break
             del self._buffer[:end]
         return messages
 

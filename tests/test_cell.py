@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from tests.kernel import Kernel
@@ -63,7 +65,13 @@ def test_a_semicolon_hides_the_value(kernel: Kernel) -> None:
 @pytest.mark.parametrize("name", ["rank", "device", "world_size", "local_rank"])
 def test_the_notebooks_own_names_win(kernel: Kernel, name: str) -> None:
     kernel.ok(f"{name} = 'mine'")
-    assert kernel.ok(f"%%ddp --cpus 1\nprint({name})").text == "[rank 0] mine\n"
+    reply = kernel.ok(f"%%ddp --cpus 1\nprint({name})")
+    assert reply.lines[0] == "[rank 0] mine"
+    kernel.ok(f"del {name}")
+    if name != "device":  # of which there is one on a machine without GPUs
+        assert reply.lines[1:] == [
+            f"nbddp: used as the notebook has it, on every rank: {name} = 'mine'. After del {name} ranks have their own"
+        ]
 
 
 def test_ipython_syntax_works_in_ranks(kernel: Kernel) -> None:
@@ -99,3 +107,31 @@ def test_no_name_of_nbddps_own_is_in_the_way(kernel: Kernel) -> None:
     kernel.ok("CELL = CLOSURE = SOURCES = 'mine'")
     reply = kernel.ok("%%ddp --cpus 1\nprint(CELL, CLOSURE, SOURCES, [n for n in dir() if 'nbddp' in n])")
     assert reply.text == "[rank 0] mine mine mine ['__nbddp__']\n"
+
+
+def test_a_cells_number_is_the_notebooks(new_kernel: Callable[..., Kernel]) -> None:
+    kernel = new_kernel()  # whose first cell loads the extension
+    assert "Cell In[2], line 2" in kernel.run("%%ddp --cpus 1\n1 / 0").traceback
+    assert "Cell In[3], line 1" in kernel.run("1 / 0").traceback
+    assert kernel.run("%%ddp --cpus 1\nfor i in range(3").traceback.startswith("  Cell In[4], line 2\n    for i in")
+
+
+def test_caches_slots_and_new_types_of_the_notebook(kernel: Kernel) -> None:
+    kernel.ok(
+        "import functools, dataclasses, typing\n"
+        "@functools.lru_cache(maxsize=7)\ndef fib(n):\n    return n if n < 2 else fib(n - 1) + fib(n - 2)\n"
+        "@dataclasses.dataclass(slots=True)\nclass Point:\n    x: int = 1\n"
+        "class Lazy:\n    @functools.cached_property\n    def value(self):\n        return 5\n"
+        "    @functools.cache\n    def twice(self, n):\n        return 2 * n\n"
+        "Id = typing.NewType('Id', int)\nlazy = Lazy()"
+    )
+    reply = kernel.ok(
+        "%%ddp --cpus 1 --out p, back, l\np, back, l = Point(5), fib, lazy\n"
+        "print(fib(30), fib.cache_parameters()['maxsize'], hasattr(p, '__dict__'), lazy.value, lazy.twice(4), Id(3))"
+    )
+    assert reply.text == "[rank 0] 832040 7 False 5 8 3\n"
+    assert kernel.get("p == Point(5), back is fib, type(l) is Lazy, l.value") == (True, True, True, 5)
+
+
+def test_exit_ends_a_rank_as_it_ends_a_script(kernel: Kernel) -> None:
+    assert kernel.ok("%%ddp --cpus 1\nprint('before')\nexit()\nprint('after')").text == "[rank 0] before\n"

@@ -20,6 +20,7 @@ from tests.kernel import Kernel
         (Options(gpu_ids=(4, 5)), {}, 8, Devices(2, gpus=True, visible="4,5")),
         (Options(gpu_ids=(0, 2)), {"CUDA_VISIBLE_DEVICES": "4,5,6"}, 3, Devices(2, gpus=True, visible="4,6")),
         (Options(gpu_ids=(1,)), {"CUDA_VISIBLE_DEVICES": "GPU-aa,GPU-bb"}, 2, Devices(1, gpus=True, visible="GPU-bb")),
+        (Options(gpu_ids=(0,)), {"CUDA_VISIBLE_DEVICES": "2,3,"}, 2, Devices(1, gpus=True, visible="2")),
         (Options(cpus=3), {}, 8, Devices(3, gpus=False)),
     ],
 )
@@ -47,6 +48,17 @@ def test_what_is_not_there_is_said(options: Options, there: int, message: str) -
     with pytest.raises(LaunchError) as caught:
         choose(options, {}, lambda: there)
     assert str(caught.value).startswith(message)
+
+
+def test_gpus_that_cannot_be_told_are_refused() -> None:
+    with pytest.raises(LaunchError, match="CUDA_VISIBLE_DEVICES=,2 does not say which GPUs these are"):
+        choose(Options(gpu_ids=(0,)), {"CUDA_VISIBLE_DEVICES": ",2"}, lambda: 1)
+
+
+def test_gpu_ids_count_among_those_that_env_leaves() -> None:
+    options = Options(gpu_ids=(4, 5), env={"CUDA_VISIBLE_DEVICES": "2,3,4,5,6,7"})
+    devices = choose(options, options.env, lambda: 6)
+    assert environment({}, options, devices)["CUDA_VISIBLE_DEVICES"] == "6,7"
 
 
 def test_cpu_ranks_do_not_look_for_gpus() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import IPython
 import psutil
 import pytest
 
+import nbddp
 from tests.kernel import Kernel
 
 
@@ -218,7 +220,7 @@ def test_a_killed_helper_ends_the_run_and_the_next_one_works(new_kernel: Callabl
         os.kill(target.pid, signal.SIGKILL)
 
     reply = kernel.run_and(HANG, "up", kill)
-    assert reply.error == "LaunchError"
+    assert reply.error == "RunLostError"
     assert victim in reply.message
     assert kernel.ok("%%ddp --cpus 2\nprint('again')").lines == ["[rank 0] again", "[rank 1] again"]
 
@@ -227,3 +229,49 @@ def test_a_failed_run_assigns_nothing(kernel: Kernel) -> None:
     kernel.ok("x = 'old'")
     kernel.run("%%ddp --cpus 2 --out x\nx = 'new'\nif rank == 1:\n    raise ValueError")
     assert kernel.get("x") == "old"
+
+
+def test_an_interrupt_after_a_failure_does_not_hide_it(kernel: Kernel) -> None:
+    reply = kernel.run_and(
+        "%%ddp --cpus 1\nimport atexit, time\natexit.register(time.sleep, 20)\n"
+        "print('up', flush=True)\nraise ValueError('the reason')",
+        "[rank 0] up",
+        lambda: (time.sleep(0.5), kernel.interrupt()),
+    )
+    assert reply.message == "rank 0 raised ValueError: the reason"
+    assert reply.seconds < 3
+
+
+def test_a_restart_waits_for_exit_handlers(kernel: Kernel) -> None:
+    reply = kernel.ok(
+        "%%ddp --cpus 2 --max-restarts 1\nimport atexit, os, time\n"
+        "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n    atexit.register(time.sleep, 6)\n    raise OSError\n"
+        "print('ok')"
+    )
+    assert reply.lines[:2] == ["[rank 0] ok", "[rank 1] ok"]
+
+
+def test_more_ranks_than_there_are_descriptors(kernel: Kernel) -> None:
+    kernel.ok("import resource\nlimits = resource.getrlimit(resource.RLIMIT_NOFILE)")
+    kernel.ok("resource.setrlimit(resource.RLIMIT_NOFILE, (400, limits[1]))")
+    reply = kernel.run("%%ddp --cpus 100\npass")
+    kernel.ok("resource.setrlimit(resource.RLIMIT_NOFILE, limits)")
+    assert reply.error == "LaunchError"
+    assert reply.message.startswith("100 ranks: following them takes 500 open files, and this process may have 400.")
+    kernel.ok("%%ddp --cpus 1\npass")
+
+
+def test_errors_can_be_pickled() -> None:
+    errors = [
+        nbddp.RankError("m", rank=2, exception="ValueError", others={0: "stopped"}, details=("d",), notes=("n",)),
+        nbddp.CaptureError("m", name="x", path="x.y", lines=(1,)),
+        nbddp.LaunchError("m", notes=("n",)),
+        nbddp.RunLostError("m"),
+        nbddp.RunTimeout("m"),
+        nbddp.ResultError("m"),
+    ]
+    for error in errors:
+        copy = pickle.loads(pickle.dumps(error))
+        assert type(copy) is type(error)
+        assert copy.args == error.args
+        assert vars(copy) == vars(error)

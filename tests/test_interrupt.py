@@ -57,6 +57,27 @@ def test_a_collective_ends_when_the_rank_that_it_waits_for_does(kernel: Kernel) 
     assert "terminated" not in reply.text  # nobody had to wait for the end of the grace period
 
 
+def test_ranks_that_wait_for_each_other_are_freed(kernel: Kernel) -> None:
+    # One step more on one rank than on the other: a backward pass that nobody answers, and a barrier that nobody joins.
+    kernel.ok(
+        "import torch, torch.distributed as dist\nfrom torch.nn.parallel import DistributedDataParallel as DDP\n"
+        "model = torch.nn.Linear(2, 2)"
+    )
+    reply = kernel.run_and(
+        "%%ddp --cpus 2\nddp = DDP(model)\ndist.new_group([0, 1])\nprint('up')\ntry:\n"
+        "    for _ in range(3 + rank):\n        ddp(torch.ones(1, 2)).sum().backward()\n"
+        "    dist.barrier(dist.new_group([0]) if rank else None)\n    import time; time.sleep(60)\n"
+        "finally:\n    print('cleaned')",
+        "[rank 1] up",
+        lambda: (time.sleep(0.5), kernel.interrupt()),
+    )
+    assert reply.error == "KeyboardInterrupt"
+    assert "[rank 0] cleaned" in reply.text
+    assert "[rank 1] cleaned" in reply.text
+    assert "terminated" not in reply.text
+    assert reply.seconds < 4
+
+
 def test_a_second_press_does_not_wait(kernel: Kernel) -> None:
     def twice() -> None:
         kernel.interrupt()
@@ -129,3 +150,17 @@ def test_a_shell_command_in_a_rank_is_interrupted_too(kernel: Kernel) -> None:
     assert reply.error == "KeyboardInterrupt"
     assert "not reached" not in reply.text
     assert reply.seconds < 4
+
+
+def test_a_display_that_is_under_way_is_not_torn(kernel: Kernel) -> None:
+    reply = kernel.run_and(
+        "%%ddp --cpus 1\nprint('up', flush=True)\nfrom IPython.display import display\n"
+        "class Big:\n    def _repr_html_(self):\n        return 'x' * 20_000_000\n"
+        "    def __repr__(self):\n        return 'big'\n"
+        "try:\n    while True:\n        display(Big())\n"
+        "except KeyboardInterrupt:\n    display('last')\n    raise",
+        "[rank 0] up",
+        lambda: (time.sleep(0.2), kernel.interrupt()),
+    )
+    assert reply.error == "KeyboardInterrupt"
+    assert "'last'" in reply.text + str(reply.displays[-1])

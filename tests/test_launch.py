@@ -60,6 +60,7 @@ def test_in_a_notebook(kernel: Kernel) -> None:
     ("call", "error", "message"),
     [
         ("nbddp.launch(print, cpus=0)", "OptionError", "a run has at least one rank"),
+        ("nbddp.launch(print, cpus=1, env={'A': 1})", "OptionError", "--env A=1: names and values are strings"),
         ("nbddp.launch(__import__('threading').Lock, cpus=1)", "ResultError", "cannot bring back"),
         ("nbddp.launch(print, open('/dev/null', 'w'), cpus=1)", "CaptureError", "_io.TextIOWrapper"),
     ],
@@ -131,3 +132,26 @@ def test_a_forked_child_of_the_notebook_leaves_the_launcher_alone(kernel: Kernel
     )
     assert kernel.ok("%%ddp --cpus 1\nprint('fine')").text == "[rank 0] fine\n"
     assert os.path.isdir(kernel.get("__import__('nbddp')._function.client.session.root"))
+
+
+def test_files_beside_the_notebook_hide_nothing(new_kernel: Callable[..., Kernel], tmp_path: Path) -> None:
+    for name in ("queue", "types", "torch"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('the wrong one')")
+    kernel = new_kernel(load=False)
+    kernel.ok(f"import os, torch\nos.chdir({str(tmp_path)!r})\n%load_ext nbddp")
+    for method in ("fork", "spawn"):
+        reply = kernel.ok(f"%%ddp --cpus 1 --env NBDDP_START_METHOD={method}\nprint('fine')")
+        assert reply.text == "[rank 0] fine\n"
+
+
+def test_a_terminal_shows_a_progress_bar_once(tmp_path: Path) -> None:
+    cell = (
+        "import time\nfor i in range(6):\n    print(f'\\rstep {i}', end='', flush=True)\n    time.sleep(0.3)\nprint()"
+    )
+    path = tmp_path / "session.ipy"
+    path.write_text(f"%load_ext nbddp\nget_ipython().run_cell_magic('ddp', '--cpus 1', {cell!r})\n")
+    run = subprocess.run(
+        [sys.executable, "-m", "IPython", str(path)], capture_output=True, text=True, check=True, timeout=100
+    )
+    assert run.stdout.count("step") == 1
+    assert "[rank 0] step 5" in run.stdout

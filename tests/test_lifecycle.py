@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import os
 import pickle
 import signal
@@ -252,6 +253,60 @@ def test_a_restarted_kernel_starts_afresh(new_kernel: Callable[..., Kernel]) -> 
     assert not alive
 
 
+def test_a_launcher_that_cannot_import_torch_says_so(new_kernel: Callable[..., Kernel], tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('libfoo.so.1: cannot open shared object file')")
+    kernel = new_kernel(env={"PYTHONPATH": str(tmp_path)})
+    for _ in range(2):
+        reply = kernel.run("%%ddp --cpus 1\nprint(1)")
+        assert reply.error == "LaunchError"
+        assert "libfoo.so.1" in reply.traceback
+
+
+def test_a_broken_package_that_torch_would_like_does_no_harm(new_kernel: Callable[..., Kernel], tmp_path: Path) -> None:
+    (tmp_path / "mpmath.py").write_text("raise AttributeError('broken')")
+    kernel = new_kernel(env={"PYTHONPATH": str(tmp_path)})
+    for _ in range(2):
+        assert kernel.ok("%%ddp --cpus 1\nprint(1)").text == "[rank 0] 1\n"
+        time.sleep(1)
+
+
+def test_a_session_directory_that_was_cleared_away_is_made_anew(new_kernel: Callable[..., Kernel]) -> None:
+    kernel = new_kernel()
+    kernel.ok("%%ddp --cpus 1\npass")
+    kernel.ok("import shutil, nbddp._function as f\nshutil.rmtree(f.client.session.root)")
+    assert kernel.ok("%%ddp --cpus 1\nprint('again')").text == "[rank 0] again\n"
+
+
+# As on a machine with GPUs: the prompt comes back when every process is gone.
+WAIT_UNTIL_GONE = """
+import functools, nbddp._job as job, nbddp._run as run
+def Patched(*args, **kwargs):
+    return run.Run(*args, **{**kwargs, "wait_until_gone": True})
+job.Run = Patched
+"""
+
+
+def test_results_outlive_the_processes(new_kernel: Callable[..., Kernel]) -> None:
+    kernel = new_kernel()
+    kernel.ok("class Slow:\n    def __setstate__(self, state):\n        import time; time.sleep(0.5)\nslow = Slow()\n")
+    kernel.ok("slow.x = 1\nimport nbddp\ndef f():\n    return slow, 'x' * (1 << 21)")
+    assert kernel.get("len(nbddp.launch(f, cpus=3))") == 3
+    kernel.ok(WAIT_UNTIL_GONE)
+    assert kernel.get("len(nbddp.launch(f, cpus=3))") == 3
+
+
+def test_a_timeout_that_passes_after_the_cell_changes_nothing(new_kernel: Callable[..., Kernel]) -> None:
+    kernel = new_kernel()
+    kernel.ok(WAIT_UNTIL_GONE)
+    # Something that takes long after the rank's last word, as NCCL's clean-up may.
+    reply = kernel.ok(
+        "%%ddp --cpus 2 --timeout 2 --out x\nimport time, torch.distributed as dist\nx = 5\n"
+        "def slow():\n    time.sleep(2.5)\ndist.destroy_process_group = slow"
+    )
+    assert reply.seconds > 2
+    assert kernel.get("x") == 5
+
+
 def test_leftovers_of_killed_processes_are_swept() -> None:
     code = (
         "import os, signal; from nbddp._paths import Session; s = Session(); s.new_run(); print(s.root, flush=True); "
@@ -348,17 +403,27 @@ def test_a_read_only_temporary_directory(new_kernel: Callable[..., Kernel], smal
 def test_data_goes_to_memory_if_there_is_room_else_to_disk_else_nowhere(
     monkeypatch: pytest.MonkeyPatch, small_disk: Path
 ) -> None:
+    def write(path: str) -> None:
+        Path(path).write_bytes(b"x")
+
+    def write_too_much(path: str) -> None:
+        if path.startswith("/dev/shm/"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path)
+
     session = Session()
     run = session.new_run()
-    assert run.data("x", 1000).startswith("/dev/shm/")
+    assert run.store("x", 1000, write).startswith("/dev/shm/")
+    # Several ranks ask at once and all see room.
+    assert run.store("x", 1000, write_too_much).startswith(session.root)
     monkeypatch.setattr(_paths, "_SHM", str(small_disk))
     (small_disk / session.name).mkdir()
     run = RunDir.from_environment(run.root)
-    assert run.data("x", 1000).startswith(session.root)
+    assert run.store("x", 1000, write).startswith(session.root)
     with pytest.raises(
         _paths.LaunchError, match=r"no room for 135.2 TB of data: there are .* in .*small and .* in .* free"
     ):
-        run.data("x", 123 << 40)
+        run.store("x", 123 << 40, write)
     monkeypatch.undo()
     session.close()
 

@@ -33,6 +33,7 @@ def taken(cell: str) -> set[str]:
         ("if a:\n    x = 1\nelse:\n    x = 2\nprint(x)", "a"),
         ("for i in data:\n    print(i)\nprint(i)", "data i"),
         ("while n:\n    if a: break\n    else: continue", "a n"),
+        ("with suppress(OSError):\n    m = load()\nm.train()", "load m suppress"),
         ("with open(p) as f:\n    f.read()\nprint(f)", "p"),
         ("try:\n    x = f()\nexcept E as e:\n    x = g(e)\nprint(x)", "E f g"),
         ("try:\n    x = 1\nfinally:\n    y = 2\nprint(x, y)", ""),

@@ -177,6 +177,26 @@ def test_backend(kernel: Kernel) -> None:
     assert "nonsense" in reply.message
 
 
+def test_a_line_is_read_as_people_mean_it() -> None:
+    assert parse("--out model, losses --cpus 2  # two ranks").out == ("model", "losses")
+    assert parse("--out model ,losses").out == ("model", "losses")
+    assert parse("--env A=b#c").env == {"A": "b#c"}
+
+
+@pytest.mark.parametrize(
+    ("line", "hint"),
+    [("--cpu 2", "--cpus"), ("--uot a", "--out"), ("--nproc_per_node=2", "--gpus"), ("--num-gpus 2", "--gpus")],
+)
+def test_a_wrong_option_is_told_the_right_one(line: str, hint: str) -> None:
+    with pytest.raises(OptionError, match=rf"did you mean {hint}\?"):
+        parse(line)
+
+
+def test_what_torchrun_sets_cannot_be_set() -> None:
+    with pytest.raises(OptionError, match="--env RANK=5: torchrun sets RANK itself"):
+        parse("--env RANK=5")
+
+
 def test_dry_run_shows_and_launches_nothing(kernel: Kernel) -> None:
     kernel.ok("import torch\nw = torch.zeros(1000, 1000)\nconfig = {'lr': 0.1}\ndef train(m): return m\nunused = 1")
     reply = kernel.ok("%%ddp --cpus 2 --dry-run\nprint('cell' + 'runs')\ntrain(w, config)\ntorch.ones(1)")
@@ -190,6 +210,12 @@ def test_dry_run_shows_and_launches_nothing(kernel: Kernel) -> None:
     assert "dict" in rows["config"]
     assert "function" in rows["train"]
     assert "module torch" in rows["torch"]
+
+    kernel.ok("import threading\nv = w[:10]\nlock = threading.Lock()")
+    reply = kernel.ok("%%ddp --cpus 2 --dry-run\nprint(w, v)")
+    assert "sent to each rank, 4.0 MB in all" in reply.text  # they share their memory
+    reply = kernel.run("%%ddp --cpus 2 --dry-run\npass\nprint(lock)")
+    assert "cannot send 'lock' (_thread.lock), used on line 3 of the cell" in reply.message
 
 
 def test_the_options_are_completed(kernel: Kernel) -> None:

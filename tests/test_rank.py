@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from nbddp import _process
 from tests.kernel import Kernel
 
 
@@ -242,3 +245,28 @@ def test_tensors_are_shared_copy_on_write(kernel: Kernel) -> None:
     )
     assert reply.lines == ["[rank 0] 1.0 1.0 True", "[rank 1] 2.0 2.0 True"]
     assert kernel.get("big.sum().item()") == 0.0
+
+
+def test_hanging_up_closes_connections_and_nothing_else() -> None:
+    server = socket.create_server(("127.0.0.1", 0))
+    client = socket.create_connection(server.getsockname())
+    peer, _ = server.accept()
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        with contextlib.suppress(BaseException):
+            before = sorted(os.listdir("/dev/fd"))
+            _process.hang_up()
+            os.write(write, b"pipes stay")
+            code = 0 if sorted(os.listdir("/dev/fd")) == before else 2
+        os._exit(code)
+    client.close()  # the child held it, too
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert os.read(read, 100) == b"pipes stay"
+    peer.settimeout(5)
+    assert peer.recv(1) == b""
+    for fd in (read, write):
+        os.close(fd)
+    for sock in (peer, server):
+        sock.close()
