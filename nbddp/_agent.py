@@ -38,7 +38,7 @@ class Launch:
         env: Their whole environment.
         cwd: Their working directory; None if the notebook's own is gone.
         umask: Their umask.
-        path: Their ``sys.path``; under "spawn" their interpreter's own, to which the script adds the notebook's folders.
+        path: Their ``sys.path``; under "spawn" their interpreter's own, and the script adds the notebook's folders.
         start_method: "fork" or "spawn".
     """
 
