@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import collections
 import functools
+import pickle
+import sys
 import time
 import types
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +18,9 @@ from typing import Any
 
 from nbddp._errors import CaptureError
 from nbddp._paths import format_size
-from nbddp._pickling import Pickler, Snapshot
+from nbddp._pickling import Pickler
+from nbddp._reducers import CannotSend
+from nbddp._snapshot import Snapshot
 
 # Looking for the culprit pickles part after part; a huge object must not turn a refusal into a wait.
 _SEARCH_SECONDS = 3.0
@@ -52,26 +56,65 @@ def capture(names: Mapping[str, Any], namespace: dict[str, Any], lines: Mapping[
         raise CaptureError(f"cannot send what the cell uses to the ranks: {_reason(error)}") from error
 
 
-def explain_results(names: Mapping[str, Any], namespace: dict[str, Any]) -> str:
-    """Return why these results of a cell cannot be pickled, naming the part at fault."""
+def explain_results(names: Mapping[str, Any], namespace: dict[str, Any]) -> dict[str, str]:
+    """Return, for each result of a cell that cannot be pickled, why, naming the part at fault."""
+    reasons = {}
     for name, value in names.items():
         error = _failure(value, namespace)
         if error is not None:
             path, _, culprit, reason = _culprit(name, value, namespace, error)
-            return f"cannot bring back '{path}' ({_type_of(culprit)}): {_reason(reason)}"
-    return f"cannot bring back {', '.join(names)}"
+            reasons[name] = f"cannot bring back '{path}' ({_type_of(culprit)}): {_reason(reason)}"
+    return reasons
+
+
+def explain(
+    names: Mapping[str, Any],
+    namespace: dict[str, Any],
+    lines: Mapping[str, Sequence[int]],
+    snapshot: Snapshot | None = None,
+) -> list[str]:
+    """Return lines on what goes to the ranks: types, sizes, where it is used, what goes by value and by reference.
+
+    Args:
+        names: The names and their values.
+        namespace: The notebook's whole namespace.
+        lines: For each name, the lines of the cell that use it.
+        snapshot: The snapshot of `names`, if there is one already.
+
+    Raises:
+        CaptureError: A value cannot be pickled.
+    """
+    if not names:
+        return ["the cell uses nothing of the notebook"]
+    snapshot = snapshot or capture(names, namespace, lines)
+    captured = describe(names, namespace)
+    # Less than the sum, if some share memory.
+    text = [f"sent to each rank, {format_size(snapshot.nbytes)} in all:"]
+    rows = [("name", "type", "size", "used on line")] if lines else []
+    for item in captured:
+        module = isinstance(names[item.name], types.ModuleType)
+        size = "by name" if module else format_size(item.nbytes)
+        rows.append((item.name, item.kind, size, _listed(lines.get(item.name, ()))))
+    widths = [max(len(row[i]) for row in rows) for i in range(3)]
+    text += [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows]
+    definitions = dict.fromkeys(getattr(obj, "__qualname__", str(obj)) for obj in snapshot.met)
+    if definitions:
+        text.append(f"by value, since the notebook defines them: {', '.join(definitions)}")
+    return text
+
+
+def size_line(names: Mapping[str, Any], namespace: dict[str, Any], snapshot: Snapshot) -> str:
+    """Return a line that says how much goes to the ranks, and what most of it is."""
+    largest = max(describe(names, namespace), key=lambda item: item.nbytes)
+    return (
+        f"nbddp: {format_size(snapshot.nbytes)} go to the ranks; the largest is {largest.name} "
+        f"({largest.kind}, {format_size(largest.nbytes)})"
+    )
 
 
 def describe(names: Mapping[str, Any], namespace: dict[str, Any]) -> list[Captured]:
     """Return each name with its type and its size when pickled on its own."""
     return [Captured(name, _kind(value), capture({name: value}, namespace, {}).nbytes) for name, value in names.items()]
-
-
-def table(captured: Sequence[Captured]) -> list[str]:
-    """Return lines that list captured names in columns."""
-    rows = [(item.name, item.kind, format_size(item.nbytes)) for item in captured]
-    widths = [max((len(row[i]) for row in rows), default=0) for i in range(3)]
-    return [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}" for a, b, c in rows]
 
 
 def _kind(value: Any) -> str:
@@ -104,7 +147,7 @@ def _refusal(name: str, value: Any, namespace: dict[str, Any], lines: Sequence[i
     if user:
         where = f", which {user} uses,"
     return CaptureError(
-        f"cannot send '{path}' ({_type_of(culprit)}){where} to the ranks: {_reason(error)}. Make it inside the cell",
+        f"cannot send '{path}' ({_type_of(culprit)}){where} to the ranks: {_reason(error)}. {_advice(error)}",
         name=name,
         path=path,
         lines=tuple(lines),
@@ -148,12 +191,20 @@ def _listed(lines: Sequence[int]) -> str:
 
 
 def _reason(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "there is not enough memory to pickle it"
+    if isinstance(error, RecursionError | pickle.PicklingError) and "recursion" in str(error):
+        return f"it is nested too deeply, or without end (the limit is {sys.getrecursionlimit()})"
     text = str(error).strip().splitlines()
     kind = type(error).__name__
     if not text:
         return f"pickling it raised {kind}"
     # "cannot pickle 'X' object" needs no exception's name beside it.
-    return text[0] if kind in ("TypeError", "PicklingError") else f"{kind}: {text[0]}"
+    return text[0] if kind in ("TypeError", "PicklingError", "CannotSend") else f"{kind}: {text[0]}"
+
+
+def _advice(error: Exception) -> str:
+    return error.advice if isinstance(error, CannotSend) else "Make it inside the cell"
 
 
 def _parts(obj: Any) -> Iterator[tuple[str, Any]]:

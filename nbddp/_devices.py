@@ -76,6 +76,17 @@ def choose(options: Options, env: Mapping[str, str], count_gpus: Callable[[], in
     return Devices(wanted or there, gpus=True)
 
 
+def check_out_device(device: str, count_gpus: Callable[[], int]) -> None:
+    """Refuse, before hours of training, a device that results cannot come back to.
+
+    Raises:
+        LaunchError: There is no such GPU here.
+    """
+    kind, _, index = device.partition(":")
+    if kind == "cuda" and (there := count_gpus()) <= int(index or 0):
+        raise LaunchError(f"--out-device {device}: there {'is' if there == 1 else 'are'} {there or 'no'} GPUs here")
+
+
 def environment(base: Mapping[str, str], options: Options, devices: Devices) -> dict[str, str]:
     """Return the environment of the ranks: the notebook's, what the user sets, and what must be set and is not."""
     env = {**base, **options.env}

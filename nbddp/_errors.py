@@ -84,7 +84,15 @@ class RunLostError(NbddpError):
 
 
 class ResultError(NbddpError):
-    """The cell ran to its end, but not every name of ``--out`` could be brought back, so none was assigned."""
+    """The cell ran to its end, but not every name that was asked for could be brought back, so none was assigned.
+
+    Attributes:
+        results: Those that could.
+    """
+
+    def __init__(self, message: str, *, results: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.results = dict(results or {})
 
 
 class RankError(NbddpError):

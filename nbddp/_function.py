@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from nbddp import _client, _job
 from nbddp._options import Options
 from nbddp._relay import Screen, Terminal
+from nbddp._results import Wanted
 from nbddp._script import CALLER, Cell
 
 _Result = TypeVar("_Result")
@@ -77,13 +78,13 @@ def launch(
         names={_CALL: (fn, args)},
         namespace=vars(sys.modules["__main__"]),
         options=options,
-        out=(_VALUE,),
-        gather=True,
+        wanted=Wanted(gather=(_VALUE,)),
         source_of=_magic.source_of(shell) if shell is not None else lambda _: None,
         colors=str(shell.colors) if shell is not None else "",
     )
     screen: Screen = _magic.screen_of(shell) if shell is not None else Terminal()
-    return [names[_VALUE] for names in _job.perform(job, client, screen).results]
+    results: list[_Result] = _job.perform(job, client, screen).results[_VALUE]
+    return results
 
 
 def _shell() -> Any:

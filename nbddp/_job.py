@@ -11,7 +11,6 @@ results. The directory of the run is gone when this returns, whichever way it do
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import os
 import resource
@@ -22,16 +21,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbddp import _client, _closure, _devices, _process, _settings, _wire
+from nbddp import _client, _closure, _devices, _process, _results, _settings, _wire
 from nbddp._agent import Launch, torchrun_options
-from nbddp._errors import LaunchError, ResultError
+from nbddp._errors import LaunchError
 from nbddp._options import Options
 from nbddp._paths import RunDir, cannot_write, format_size
-from nbddp._pickling import Snapshot, Target, load_file
 from nbddp._relay import Relay, Screen
 from nbddp._report import error_of
+from nbddp._results import Wanted
 from nbddp._run import Ending, Run
 from nbddp._script import Cell, Script, Setup
+from nbddp._snapshot import Snapshot
 from nbddp._stop import GRACE_SECONDS, InterruptGate
 
 # What nbddp defines in the ranks where the notebook has no such name.
@@ -54,12 +54,12 @@ class Job:
         namespace: The whole namespace: ``__main__``'s.
         options: How to run it.
         lines: For each name, the lines of the cell that use it.
-        out: Names to bring back.
-        gather: Whether to bring them back from every rank, not from rank 0 alone.
+        wanted: What is to come back.
         known: The names of the namespace that its user gave.
         source_of: Returns the text and the execution count of the cell whose code has a file name; None for files.
         colors: The notebook's traceback colours.
         grace: Seconds that ranks have to end after an interrupt.
+        large: Bytes above which a line says how much is sent; None for never.
     """
 
     cell: Cell
@@ -67,12 +67,12 @@ class Job:
     namespace: dict[str, Any]
     options: Options
     lines: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    out: tuple[str, ...] = ()
-    gather: bool = False
+    wanted: Wanted = field(default_factory=Wanted)
     known: frozenset[str] = frozenset()
     source_of: Callable[[str], tuple[str, int | None] | None] = lambda _: None
     colors: str = ""
     grace: float = GRACE_SECONDS
+    large: float | None = None
 
 
 @dataclass
@@ -80,12 +80,12 @@ class Finished:
     """What a job brought.
 
     Attributes:
-        results: For each rank that was asked, the names that came back.
+        results: What came back, by name.
         value: The mime bundle of the cell's value, with its metadata; None if it had none.
         times: When each stage was complete, for benchmarks (``time.monotonic``).
     """
 
-    results: list[dict[str, Any]]
+    results: dict[str, Any]
     value: MimeBundle | None
     times: dict[str, float]
 
@@ -121,19 +121,12 @@ def dry_run(job: Job, client: _client.Client) -> str:
         devices = _devices.choose(job.options, env, lambda: _count_gpus(client, env, gate))
         with gate.open():
             snapshot = _closure.capture(job.names, job.namespace, job.lines)
-            captured = _closure.describe(job.names, job.namespace)
     if job.options.keep_script is not None:
         _export(_script(job, devices, snapshot), job.options.keep_script)
     options = torchrun_options(devices.ranks, job.options.max_restarts, _start_method(job, client))
     lines = [devices.note] if devices.note else []
     lines.append("torchrun " + " ".join(options) + " <generated script>")
-    if not captured:
-        lines.append("the cell uses nothing of the notebook")
-    else:
-        # Less than the sum, if some share memory.
-        lines.append(f"sent to each rank, {format_size(snapshot.nbytes)} in all:")
-        lines += _closure.table(captured)
-    return "\n".join(lines)
+    return "\n".join([*lines, *_closure.explain(job.names, job.namespace, job.lines, snapshot)])
 
 
 class _CannotFork(Exception):  # noqa: N818  # control flow
@@ -165,8 +158,12 @@ class _Attempt:
             closure = _closure.capture(job.names, job.namespace, job.lines)
         times["captured"] = time.monotonic()
         devices = _devices.choose(job.options, env, lambda: _count_gpus(self.client, env, gate))
+        if job.wanted.device is not None:
+            _devices.check_out_device(job.wanted.device, lambda: _count_gpus(self.client, env, gate))
         if devices.note:
             self.say(devices.note)
+        if job.large is not None and closure.nbytes > job.large:
+            self.say(_closure.size_line(job.names, job.namespace, closure))
         if hidden := _hidden_names(job, devices):
             self.say(hidden)
         for wrapper in dict.fromkeys(closure.unwrapped):
@@ -181,7 +178,8 @@ class _Attempt:
                 _write(script, run_dir)
             ending = self._run(devices, run_dir)
             with gate.open():
-                results = _results(job, ending, closure)
+                reports = {rank: state.outcome or {} for rank, state in ending.ranks.items()}
+                results = _results.read(job.wanted, reports, closure.met)
             for wrapper in dict.fromkeys((ending.ranks[0].outcome or {}).get("unwrapped", ())):
                 self.say(f"nbddp: {wrapper} was unwrapped: its .module came back")
             times |= ending.times | {"results loaded": time.monotonic()}
@@ -306,8 +304,8 @@ def _script(job: Job, devices: _devices.Devices, closure: Snapshot) -> Script:
         backend=job.options.backend,
         gpus=devices.gpus,
         define=tuple(name for name in GIVEN_NAMES if name not in job.namespace),
-        out=job.out,
-        gather=job.gather,
+        out=job.wanted.out,
+        gather=job.wanted.gather,
         colors=job.colors,
     )
     return Script(job.cell, setup, closure, sources, _client.own_folders(), devices.ranks)
@@ -366,36 +364,3 @@ def _write(script: Script, run_dir: RunDir) -> None:
     except OSError as error:
         what = f"write the script and {format_size(size)} of what the cell uses"
         raise cannot_write(what, run_dir.script, error) from error
-
-
-def _results(job: Job, ending: Ending, sent: Snapshot) -> list[dict[str, Any]]:
-    """Load what the ranks have written: all of it, or nothing.
-
-    Raises:
-        ResultError: A name is missing or cannot be brought back.
-    """
-    if not job.out:
-        return []
-    ranks = sorted(ending.ranks) if job.gather else [0]
-    results = []
-    for rank in ranks:
-        report = ending.ranks[rank].outcome or {}
-        if missing := report.get("missing_results"):
-            listed = ", ".join(repr(name) for name in missing)
-            raise ResultError(
-                f"--out {','.join(job.out)}: the cell did not bind {listed} on rank {rank}. Nothing was assigned"
-            )
-        if "bad_results" in report:
-            raise ResultError(f"{report['bad_results']}. Nothing was assigned")
-        names: dict[str, Any] = {}
-        own_globals = {"__name__": "__main__", "__builtins__": builtins}
-        target = Target(names, own_globals, sender_has=sent.met)
-        try:
-            load_file(report["results"], target)
-        except Exception as error:
-            raise ResultError(
-                f"--out {','.join(job.out)}: what came back cannot be loaded here: {type(error).__name__}: {error}. "
-                "Nothing was assigned"
-            ) from error
-        results.append(names)
-    return results

@@ -13,18 +13,20 @@ import os
 import secrets
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_cell_magic, magics_class
 from traitlets import Float
 
-from nbddp import _job, _names
-from nbddp._errors import LaunchError, NbddpError
+from nbddp import _closure, _job, _names
+from nbddp._errors import LaunchError, NbddpError, ResultError
 from nbddp._function import client
 from nbddp._options import HelpAsked, OptionError, Options, help_text, option_names, parse
 from nbddp._relay import Screen, Terminal
+from nbddp._results import Wanted
 from nbddp._script import Cell
 from nbddp._stop import GRACE_SECONDS
 
@@ -110,14 +112,16 @@ def _cell_number(shell: Any) -> int:
 class DDPMagics(Magics):
     """The magics; settings as in ``%config DDPMagics.grace = 10``."""
 
+    large = Float(1e9, allow_none=True, help="Bytes above which a line says how much a cell sends; None: never.").tag(
+        config=True
+    )
     grace = Float(GRACE_SECONDS, help="Seconds that ranks have to end after an interrupt.").tag(config=True)
 
     @line_cell_magic  # type: ignore[untyped-decorator]  # IPython's
-    def ddp(self, line: str, cell: str | None = None) -> CellValue | None:
+    def ddp(self, line: str, cell: str | None = None) -> CellValue | dict[str, Any] | None:
         # The docstring is the help text; see below.
         if cell is None:
-            self._line(line)
-            return None
+            return self._line(line)
         try:
             options = parse(line)
         except HelpAsked as asked:
@@ -126,13 +130,18 @@ class DDPMagics(Magics):
         except OptionError as error:
             raise UsageError(str(error)) from None
         job = self._job(line, cell, options)
+        self._last_cell = line, cell
         if options.dry_run:
             sys.stdout.write(_job.dry_run(job, client) + "\n")
             return None
-        finished = _job.perform(job, client, screen_of(self.shell))
-        if finished.results:
-            # One call into C, which no interrupt can tear.
-            self.shell.user_ns.update(finished.results[0])
+        self._left_over = {}
+        try:
+            finished = _job.perform(job, client, screen_of(self.shell))
+        except ResultError as error:
+            self._left_over = error.results
+            raise
+        # One call into C, which no interrupt can tear.
+        self.shell.user_ns.update(finished.results)
         return CellValue(*finished.value) if finished.value is not None else None
 
     def _job(self, line: str, source: str, options: Options) -> _job.Job:
@@ -154,7 +163,8 @@ class DDPMagics(Magics):
         except SyntaxError as error:
             raise _CellSyntaxError.of(error, number) from None
         uses = _names.Uses(tree.body, shell.transform_cell)
-        self._check_out(options.out, uses)
+        self._check_bound("--out", options.out, uses)
+        self._check_bound("--gather", options.gather, uses)
         hidden = shell.user_ns_hidden
         nothing = object()
         names = {
@@ -168,14 +178,15 @@ class DDPMagics(Magics):
             namespace=shell.user_ns,
             options=options,
             lines=uses.taken,
-            out=options.out,
+            wanted=_wanted(options),
             known=frozenset(shell.user_ns) - frozenset(hidden),
             source_of=source_of(shell),
             colors=str(shell.colors),
             grace=self.grace,
+            large=self.large,
         )
 
-    def _check_out(self, out: Sequence[str], uses: _names.Uses) -> None:
+    def _check_bound(self, option: str, names: Sequence[str], uses: _names.Uses) -> None:
         """Refuse names that the cell cannot bind, before hours of training rather than after.
 
         Raises:
@@ -183,15 +194,19 @@ class DDPMagics(Magics):
         """
         if uses.dynamic:
             return
-        for name in out:
+        for name in names:
             if name not in uses.bound and name not in uses.taken:
                 import difflib
 
                 close = difflib.get_close_matches(name, uses.bound, 1)
                 hint = f"; did you mean {close[0]}?" if close else ""
-                raise UsageError(f"--out {','.join(out)}: the cell never binds {name!r}{hint}")
+                raise UsageError(f"{option} {','.join(names)}: the cell never binds {name!r}{hint}")
 
-    def _line(self, line: str) -> None:
+    # What the last run brought back and could not assign, and the last cell that ran: its line and its text.
+    _left_over: Mapping[str, Any] = MappingProxyType({})
+    _last_cell: tuple[str, str] | None = None
+
+    def _line(self, line: str) -> dict[str, Any] | None:
         match line.split():
             case [] | ["-h"] | ["--help"]:
                 sys.stdout.write(LINE_HELP)
@@ -199,10 +214,31 @@ class DDPMagics(Magics):
                 self._show_log(None)
             case ["log", rank] if rank.isdigit():
                 self._show_log(int(rank))
+            case ["results"]:
+                if not self._left_over:
+                    raise LaunchError("%ddp results: nothing is left over; what the last run brought back was assigned")
+                return dict(self._left_over)
+            case ["explain", *names]:
+                sys.stdout.write("\n".join(self._explain(names)) + "\n")
             case _:
                 raise UsageError(
-                    f"%ddp {line}: there is only %ddp log [RANK]; a cell that runs on ranks begins with %%ddp"
+                    f"%ddp {line}: there are only %ddp log, results and explain (%ddp -h); "
+                    "a cell that runs on ranks begins with %%ddp"
                 )
+        return None
+
+    def _explain(self, names: Sequence[str]) -> list[str]:
+        """Return lines on what the last cell, or these names, would send."""
+        space = self.shell.user_ns
+        if names:
+            if missing := [name for name in names if name not in space]:
+                raise UsageError(f"%ddp explain: the notebook has no variable {', '.join(missing)}")
+            return _closure.explain({name: space[name] for name in names}, space, {})
+        if self._last_cell is None:
+            raise UsageError("%ddp explain: no %%ddp cell has run yet; give names, as in %ddp explain model")
+        line, cell = self._last_cell
+        job = self._job(line, cell, parse(line))
+        return [f"%%ddp {line}".rstrip(), *_closure.explain(job.names, job.namespace, job.lines)]
 
     def _show_log(self, rank: int | None) -> None:
         logs = client.session.logs
@@ -223,11 +259,20 @@ class DDPMagics(Magics):
 LINE_HELP = """\
 %ddp log         where the logs of the last run are, one for each rank
 %ddp log RANK    what that rank printed, all of it
+%ddp explain     what the last %%ddp cell takes from the notebook: types, sizes, by value or by reference
+%ddp explain A B the same for variables
+%ddp results     what the last run brought back and could not assign, since something else was missing
 %%ddp -h         how to run a cell on several ranks
 """
 
 # "Docstring" of %%ddp? is what users read first.
 DDPMagics.ddp.__doc__ = f"{help_text()}\n{LINE_HELP}"
+
+
+def _wanted(options: Options) -> Wanted:
+    asked = [f"--out {','.join(options.out)}"] if options.out else []
+    asked += [f"--gather {','.join(options.gather)}"] if options.gather else []
+    return Wanted(options.out, options.gather, options.out_device, " ".join(asked))
 
 
 def _complete(shell: Any, event: Any) -> Sequence[str]:

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import itertools
 import os
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -30,6 +31,8 @@ class Options:
         gpu_ids: GPUs to use, as ``torch.device("cuda:K")`` numbers them in the notebook.
         backend: Backend of the process group; None for nccl on GPUs and gloo without.
         out: Names to bring back from rank 0.
+        gather: Names to bring back from every rank, as lists.
+        out_device: The device that all tensors of both are put on; None for the CPU.
         env: Environment variables for the ranks, besides the notebook's.
         timeout: Seconds after which the run is stopped.
         init: Whether the process group is initialised before the cell.
@@ -43,6 +46,8 @@ class Options:
     gpu_ids: tuple[int, ...] = ()
     backend: str | None = None
     out: tuple[str, ...] = ()
+    gather: tuple[str, ...] = ()
+    out_device: str | None = None
     env: dict[str, str] = field(default_factory=dict)
     timeout: float | None = None
     init: bool = True
@@ -76,11 +81,19 @@ class Options:
                 raise OptionError(f"--env {key}={text}: names and values are strings, as in --env NCCL_DEBUG=INFO")
             if key in _TORCHRUNS or key.startswith("TORCHELASTIC_"):
                 raise OptionError(f"--env {key}={text}: torchrun sets {key} itself, for each rank")
-        for name in self.out:
-            if not name.isidentifier():
-                raise OptionError(
-                    f"--out {name}: that is no name; give names separated by commas, as in --out model,losses"
-                )
+        for option, names in (("--out", self.out), ("--gather", self.gather)):
+            for name in names:
+                if not name.isidentifier():
+                    raise OptionError(
+                        f"{option} {name}: that is no name; give names separated by commas, as in {option} model,losses"
+                    )
+        if both := set(self.out) & set(self.gather):
+            raise OptionError(f"--out and --gather both bring back {', '.join(sorted(both))}; which is it to be?")
+        if self.out_device is not None:
+            if not re.fullmatch(r"(cpu|cuda|mps|xpu|meta)(:\d+)?", self.out_device):
+                raise OptionError(f"--out-device {self.out_device}: that is no device, such as cpu or cuda:0")
+            if not (self.out or self.gather):
+                raise OptionError("--out-device says where results are put; --out or --gather say which")
         if self.keep_script is not None:
             folder = os.path.dirname(os.path.abspath(self.keep_script))
             if os.path.isdir(self.keep_script):
@@ -93,6 +106,7 @@ EXAMPLES = """\
 examples:
   %%ddp --gpus 4                         four ranks, one per GPU
   %%ddp --gpus 2 --out model,losses      ... and bring two names back from rank 0
+  %%ddp --gpus 2 --gather losses         ... a name from every rank, as a list
   %%ddp --gpu-ids 4,5,6,7                these GPUs
   %%ddp --cpus 2                         two ranks on the CPU, over gloo
   %%ddp --gpus 2 --env NCCL_DEBUG=INFO --timeout 600
@@ -188,6 +202,15 @@ def _make_parser() -> _Parser:
         help="bring names back from rank 0, all or none",
     )
     add(
+        "--gather",
+        type=_names,
+        action="extend",
+        default=[],
+        metavar="NAME,...",
+        help="bring names back from every rank, each as a list by rank",
+    )
+    add("--out-device", metavar="DEVICE", help="put tensors that come back on this device (default: the CPU)")
+    add(
         "--env",
         type=_assignment,
         action="append",
@@ -216,7 +239,8 @@ def parse(line: str) -> Options:
     except ValueError as error:
         raise OptionError(f"{error} in: {line}") from None
     given = vars(_make_parser().parse_args(_tidied(words)))
-    given["out"] = tuple(dict.fromkeys(given["out"]))
+    for option in ("out", "gather"):
+        given[option] = tuple(dict.fromkeys(given[option]))
     given["env"] = dict(given["env"])
     return Options(**given)
 

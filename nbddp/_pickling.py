@@ -3,7 +3,7 @@
 ::
 
     notebook's names ──Pickler──> Snapshot ──write──> file ──mmap──> load ──> a rank's globals
-    rank 0's results ──Pickler──> Snapshot ──write──> file ──mmap──> load ──> a dict in the notebook
+    a rank's results ──Pickler──> Snapshot ──write──> file ──mmap──> load ──> a dict in the notebook
 
 The pickler is cloudpickle's with four additions:
 
@@ -21,15 +21,9 @@ The pickler is cloudpickle's with four additions:
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import io
-import mmap
-import os
 import pickle
-import struct
 import sys
-import threading
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,113 +32,13 @@ from typing import Any
 
 import cloudpickle
 
+from nbddp import _reducers
+from nbddp._reducers import Reducer, loading
+from nbddp._snapshot import Snapshot, Stream, map_file, unpickle
+
 # Buffers below this many bytes stay in the stream, and so become ordinary memory of their own when loaded; from a
 # few pages on, mapping costs less than copying.
 _IN_BAND = 1 << 16
-
-# A cache line: what vectorised kernels like their data aligned to.
-_ALIGN = 64
-
-_MAGIC = b"nbddp\x00\x00\x01"
-_HEAD = struct.Struct("<8sQQ")  # magic, bytes of the stream, number of buffers
-_SPAN = struct.Struct("<QQ")  # offset and size of a buffer
-
-_WRITE_AT_ONCE = 64 << 20  # between two writes an interrupt gets its chance
-
-
-@dataclass
-class Snapshot:
-    """A pickle stream and the buffers that belong to it.
-
-    Attributes:
-        stream: The pickle.
-        buffers: Out-of-band buffers in the order of the stream; they still share memory with the objects.
-        met: Classes and functions that went by value, in the order in which they were met.
-        sources: File names of the code objects that went by value.
-        unwrapped: Types of wrappers, such as DDP, whose ``.module`` went in their place.
-        keep: What must not be freed while `buffers` are read.
-    """
-
-    stream: bytes
-    buffers: list[memoryview]
-    met: list[Any]
-    sources: set[str]
-    unwrapped: list[str]
-    keep: list[Any]
-
-    @property
-    def nbytes(self) -> int:
-        """The size of the file that `write` makes."""
-        spans = self._spans()
-        return spans[-1][0] + spans[-1][1] if spans else self._head_size() + len(self.stream)
-
-    def _head_size(self) -> int:
-        return _HEAD.size + _SPAN.size * len(self.buffers)
-
-    def _spans(self) -> list[tuple[int, int]]:
-        spans = []
-        end = self._head_size() + len(self.stream)
-        for buffer in self.buffers:
-            start = -(-end // _ALIGN) * _ALIGN
-            end = start + buffer.nbytes
-            spans.append((start, buffer.nbytes))
-        return spans
-
-    def chunks(self) -> Iterator[bytes | memoryview]:
-        """Yield the file's content piece by piece."""
-        spans = self._spans()
-        yield _HEAD.pack(_MAGIC, len(self.stream), len(spans)) + b"".join(_SPAN.pack(*span) for span in spans)
-        yield self.stream
-        end = self._head_size() + len(self.stream)
-        for (start, size), buffer in zip(spans, self.buffers, strict=True):
-            yield bytes(start - end)
-            yield buffer
-            end = start + size
-
-    def write(self, path: str) -> None:
-        """Write a new file that only its owner can read.
-
-        Raises:
-            OSError: It could not be written whole; what was written is gone again.
-        """
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            for chunk in self.chunks():
-                view = memoryview(chunk).cast("B")
-                while view:
-                    view = view[os.write(fd, view[:_WRITE_AT_ONCE]) :]
-        except BaseException:
-            os.unlink(path)
-            raise
-        finally:
-            os.close(fd)
-
-
-def load_file(path: str, target: Target) -> None:
-    """Load the snapshot at `path` into `target`; large buffers stay in the file, mapped privately.
-
-    The file may be deleted afterwards. Raises whatever unpickling raises.
-    """
-    with open(path, "rb") as file:
-        # NORESERVE: eight ranks that map the same 100 GB will not write to all of it.
-        flags = mmap.MAP_PRIVATE | (0x4000 if sys.platform == "linux" else 0)
-        mapped = mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-    load(memoryview(mapped), target)
-
-
-def load(data: memoryview, target: Target) -> None:
-    """Load a snapshot into `target`. `data` must be writable: arrays and tensors share its memory."""
-    magic, size, count = _HEAD.unpack_from(data)
-    if magic != _MAGIC:
-        raise ValueError("this is no nbddp snapshot, or one of another version")
-    start = _HEAD.size + _SPAN.size * count
-    spans = [_SPAN.unpack_from(data, _HEAD.size + _SPAN.size * i) for i in range(count)]
-    previous = getattr(_loading, "target", None)
-    _loading.target = target
-    try:
-        pickle.loads(data[start : start + size], buffers=[data[at : at + length] for at, length in spans])
-    finally:
-        _loading.target = previous
 
 
 @dataclass
@@ -158,6 +52,8 @@ class Target:
         sender_has: In the notebook: the objects of the snapshot it sent (`Snapshot.met`).
         received: In a rank, after loading: what `sender_has` will be when results go back.
         device: What ``torch.device("cuda:K")`` and CUDA tensors become: this process's own device, as a string.
+        all_to: The device that every tensor is put on, wherever it was; None to leave them.
+        reading: The name that is being loaded.
     """
 
     namespace: dict[str, Any]
@@ -165,10 +61,27 @@ class Target:
     sender_has: Sequence[Any] = ()
     received: dict[int, Any] = field(default_factory=dict)
     device: str = "cpu"
+    all_to: str | None = None
+    reading: str | None = None
 
 
-# The target of the load that this thread is in: the functions named in a pickle stream take no context.
-_loading = threading.local()
+def load_file(path: str, target: Target) -> None:
+    """Load the snapshot at `path` into `target`; large buffers stay in the file, mapped privately.
+
+    The file may be deleted afterwards. Raises whatever unpickling raises; `Target.reading` is then the name at fault.
+    """
+    load(map_file(path), target)
+
+
+def load(data: memoryview, target: Target) -> None:
+    """Load a snapshot into `target`. `data` must be writable: arrays and tensors share its memory."""
+    previous = getattr(loading, "target", None)
+    loading.target = target
+    try:
+        unpickle(data)
+    finally:
+        loading.target = previous
+    target.reading = None
 
 
 class _Names:
@@ -181,9 +94,10 @@ class _Names:
     def __reduce__(self) -> tuple[Any, ...]:
         return _begin, (), None, None, self._items()
 
-    def _items(self) -> Iterator[tuple[str | int | None, Any]]:
+    def _items(self) -> Iterator[tuple[_Key | int | None, Any]]:
         """Yield what is to be stored; runs while the pickler works, which extends what is still to come."""
-        yield from self._names.items()
+        for name, value in self._names.items():
+            yield _Key(name), value
         pickler = self._pickler
         done = 0
         while True:
@@ -196,10 +110,25 @@ class _Names:
                     return
             obj = pickler.met[done]
             yield done, obj
-            name = getattr(obj, "__qualname__", "")
+            name = getattr(obj, "__qualname__", getattr(obj, "__name__", ""))
             if name not in self._names and pickler.namespace.get(name) is obj:
-                yield name, obj
+                yield _Key(name), obj
             done += 1
+
+
+class _Key:
+    """A name as it is pickled: loading it tells which one comes next, should that fail."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reading, (self._name,)
+
+
+def _reading(name: str) -> str:
+    loading.target.reading = name
+    return name
 
 
 class _Store:
@@ -216,7 +145,7 @@ class _Store:
 
 
 def _begin() -> _Store:
-    return _Store(_loading.target)
+    return _Store(loading.target)
 
 
 class _SharedGlobals:
@@ -227,7 +156,7 @@ class _SharedGlobals:
 
 
 def _shared_globals() -> dict[str, Any]:
-    shared: dict[str, Any] = _loading.target.shared_globals
+    shared: dict[str, Any] = loading.target.shared_globals
     return shared
 
 
@@ -240,44 +169,48 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
     """
 
     def __init__(self, namespace: dict[str, Any], received: Mapping[int, Any] | None = None) -> None:
-        self._file = io.BytesIO()
-        super().__init__(self._file, protocol=5, buffer_callback=self._keep_in_band)
+        self._stream = Stream()
+        super().__init__(self._stream, protocol=5, buffer_callback=self._keep_in_band)
         self.namespace = namespace
         self.met: list[Any] = []
         self._received = {id(obj): key for key, obj in (received or {}).items()}
         self._buffers: list[memoryview] = []
         self._sources: set[str] = set()
         self._unwrapped: list[str] = []
-        self._keep: list[Any] = []
         # cloudpickle pickles functions with the globals that this table has for theirs (undocumented; a test holds
         # it). It compares the entry with an empty dict, which an object of another type never equals.
         self.globals_ref[id(namespace)] = _SharedGlobals()
-        self._reducers: dict[type, Callable[[Any], Any]] = {
+        self._reducers: dict[type, Reducer] = {
+            **_reducers.plain(),
             types.CodeType: self._reduce_code,
             functools._lru_cache_wrapper: self._reduce_cached_function,
-            functools.cached_property: _reduce_cached_property,
             typing.NewType: self._reduce_new_type,
         }
-        self._wrapper: type | None = None
-        torch = sys.modules.get("torch")
         # Present but half imported, in another thread, is as good as absent: nothing can have made a tensor yet.
+        self._keep: list[Any] = []
+        self._families: list[tuple[type, Reducer]] = []
+        torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
         if torch is not None and hasattr(torch, "UntypedStorage"):
-            self._storages: dict[int, _Storage] = {}
-            self._reducers[_Storage] = self._reduce_storage
-            self._reducers[torch.storage.TypedStorage] = self._reduce_typed_storage
-            self._reducers[torch.UntypedStorage] = self._reduce_untyped_storage
-            self._reducers[torch.device] = self._reduce_device
-            parallel = sys.modules.get("torch.nn.parallel")
-            self._wrapper = getattr(parallel, "DistributedDataParallel", None)
+            storages = _reducers.StorageReducers(torch)
+            self._keep = storages.keep
+            self._reducers.update(storages.table())
+            self._families += _reducers.torch_subclasses()
+            wrapper = getattr(sys.modules.get("torch.nn.parallel"), "DistributedDataParallel", None)
+            if wrapper is not None:
+                self._families.append((wrapper, self._reduce_wrapper))
+        if numpy is not None and hasattr(numpy, "memmap"):
+            arrays = _reducers.ArrayReducer(numpy)
+            self._families.append((numpy.ndarray, lambda a: arrays(a) if arrays.handles(type(a)) else NotImplemented))
 
     def snapshot(self, names: Mapping[str, Any]) -> Snapshot:
         """Pickle the names.
 
         Raises:
+            CannotSend: One of them holds what stays with its process.
             Exception: Whatever the objects' own methods raise, most often TypeError or PicklingError.
         """
         self.dump(_Names(self, names))
-        return Snapshot(self._file.getvalue(), self._buffers, self.met, self._sources, self._unwrapped, self._keep)
+        return Snapshot(self._stream, self._buffers, self.met, self._sources, self._unwrapped, self._keep)
 
     def _keep_in_band(self, buffer: pickle.PickleBuffer) -> bool:
         view = buffer.raw()
@@ -289,47 +222,50 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
     def reducer_override(self, obj: Any) -> Any:
         """Reduce what cloudpickle would not, or would at a cost; called for all but the simplest built-in types."""
         kind = type(obj)
-        reducer = self._reducers.get(kind)
-        if reducer is not None:
+        if (reducer := self._reducers.get(kind)) is not None:
             return reducer(obj)
         if kind is types.FunctionType or issubclass(kind, type):
-            key = self._received.get(id(obj))
-            if key is not None:
-                return _senders_own, (key,)
-            reduced = super().reducer_override(obj)
-            # A tuple of two is a reference in disguise, such as that of NoneType; of six, the object by value.
-            if reduced is not NotImplemented and len(reduced) > 2:
-                self.met.append(obj)
-                if "__slots__" in getattr(obj, "__dict__", ()) and kind is not types.FunctionType:
-                    reduced = _with_slots(obj, reduced)
-            return reduced
-        if self._wrapper is not None and issubclass(kind, self._wrapper):
-            self._unwrapped.append(kind.__name__)
-            return _identity, (obj.module,)
-        return NotImplemented
+            return self._reduce_definition(obj)
+        reducer = next((reduce for family, reduce in self._families if issubclass(kind, family)), None)
+        # The next one of this type need not search.
+        self._reducers[kind] = reducer or _leave
+        return reducer(obj) if reducer is not None else NotImplemented
+
+    def _reduce_definition(self, obj: Any) -> Any:
+        """Reduce a function or a class."""
+        key = self._received.get(id(obj))
+        if key is not None:
+            return _senders_own, (key,)
+        reduced = super().reducer_override(obj)
+        # A tuple of two is a reference in disguise, such as that of NoneType; of six, the object by value.
+        if reduced is not NotImplemented and len(reduced) > 2:
+            self.met.append(obj)
+            if isinstance(obj, type) and "__slots__" in vars(obj):
+                reduced = _with_slots(obj, reduced)
+        return reduced
 
     def _reduce_cached_function(self, function: Any) -> Any:
-        # By itself it is pickled as a name in its module.
-        if not self._by_value(function):
-            return NotImplemented
-        if (key := self._received.get(id(function))) is not None:
-            return _senders_own, (key,)
-        self.met.append(function)
         parameters = function.cache_parameters()
-        return _make_cached_function, (function.__wrapped__, parameters["maxsize"], parameters["typed"])
+        again = _make_cached_function, (function.__wrapped__, parameters["maxsize"], parameters["typed"])
+        return self._reduce_named(function, again)
 
     def _reduce_new_type(self, kind: Any) -> Any:
-        if not self._by_value(kind):
-            return NotImplemented
-        if (key := self._received.get(id(kind))) is not None:
-            return _senders_own, (key,)
-        self.met.append(kind)
-        return typing.NewType, (kind.__name__, kind.__supertype__)
+        return self._reduce_named(kind, (typing.NewType, (kind.__name__, kind.__supertype__)))
 
-    def _by_value(self, obj: Any) -> bool:
-        """Tell whether an object with a name and a module is the notebook's, as cloudpickle tells it of functions."""
+    def _reduce_named(self, obj: Any, again: tuple[Any, ...]) -> Any:
+        """Reduce by value, if it is the notebook's, what pickles itself as a name in its module."""
         found = cloudpickle.cloudpickle._lookup_module_and_qualname(obj)
-        return found is None or bool(cloudpickle.cloudpickle._is_registered_pickle_by_value(found[0]))
+        if found is not None and not cloudpickle.cloudpickle._is_registered_pickle_by_value(found[0]):
+            return NotImplemented
+        key = self._received.get(id(obj))
+        if key is not None:
+            return _senders_own, (key,)
+        self.met.append(obj)
+        return again
+
+    def _reduce_wrapper(self, wrapper: Any) -> Any:
+        self._unwrapped.append(type(wrapper).__name__)
+        return _reducers.identity, (wrapper.module,)
 
     def _reduce_code(self, code: types.CodeType) -> Any:
         # The file name is what tracebacks, inspect.getsource, torch.jit and Triton find the source by; a cloudpickle
@@ -338,43 +274,9 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
         make, args = cloudpickle.Pickler.dispatch_table[types.CodeType](code)
         return _make_code, (make, args, code.co_filename)
 
-    def _reduce_typed_storage(self, storage: Any) -> Any:
-        return _make_typed_storage, (self._the_storage(storage._untyped_storage), storage.dtype)
 
-    def _reduce_untyped_storage(self, storage: Any) -> Any:
-        # Tensors of dtypes that have no storage class of their own are pickled with this, and rebuilt from what
-        # torch.load makes of it: bytes, typed.
-        return _make_typed_storage, (self._the_storage(storage), sys.modules["torch"].uint8)
-
-    def _the_storage(self, untyped: Any) -> _Storage:
-        """Return one and the same object for one and the same memory, so that the pickler's memo knows it again."""
-        return self._storages.setdefault(untyped._cdata, _Storage(untyped))
-
-    def _reduce_storage(self, storage: _Storage) -> Any:
-        untyped = storage.untyped
-        kind = untyped.device.type
-        if untyped.nbytes() == 0:
-            return _make_storage, (None, kind)
-        on_cpu = untyped if kind == "cpu" else untyped.cpu()
-        self._keep.append(on_cpu)
-        return _make_storage, (pickle.PickleBuffer(_view(on_cpu)), kind)
-
-    def _reduce_device(self, device: Any) -> Any:
-        return _make_device, (device.type, device.index)
-
-
-class _Storage:
-    """Stands for the memory of tensors in a pickle stream."""
-
-    def __init__(self, untyped: Any) -> None:
-        self.untyped = untyped
-
-
-def _view(storage: Any) -> Any:
-    """Return the memory of a CPU storage; it is the caller's to keep the storage alive as long as the view."""
-    # No memoryview: where one exports its buffer to another in a reference cycle, the garbage collector may clear them
-    # in an order in which CPython crashes.
-    return (ctypes.c_ubyte * storage.nbytes()).from_address(storage.data_ptr())
+def _leave(_: Any) -> Any:
+    return NotImplemented
 
 
 def _with_slots(kind: type, reduced: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -386,55 +288,14 @@ def _with_slots(kind: type, reduced: tuple[Any, ...]) -> tuple[Any, ...]:
     return make, (metaclass, name, bases, {**namespace, "__slots__": slots}, *rest), *others
 
 
-def _reduce_cached_property(cached: Any) -> Any:
-    # Before Python 3.12 it holds a lock.
-    return _make_cached_property, (cached.func, cached.attrname)
-
-
-def _make_cached_property(function: Callable[..., Any], name: str | None) -> Any:
-    cached = functools.cached_property(function)
-    cached.attrname = name
-    return cached
-
-
 def _make_cached_function(function: Callable[..., Any], maxsize: int | None, typed: bool) -> Any:
     return functools.lru_cache(maxsize, typed)(function)
 
 
-def _identity(obj: Any) -> Any:
-    return obj
-
-
 def _senders_own(key: int) -> Any:
-    return _loading.target.sender_has[key]
+    return loading.target.sender_has[key]
 
 
 def _make_code(make: Callable[..., types.CodeType], args: tuple[Any, ...], filename: str) -> types.CodeType:
     code = make(*args)
     return code if code.co_filename == filename else code.replace(co_filename=filename)
-
-
-def _make_storage(buffer: Any, kind: str) -> Any:
-    import torch
-
-    if buffer is None:
-        storage = torch.UntypedStorage(0)
-    else:
-        storage = torch.frombuffer(buffer, dtype=torch.uint8).untyped_storage()
-    device = _loading.target.device
-    return storage if kind == "cpu" or device == "cpu" else storage.to(device=torch.device(device))
-
-
-def _make_typed_storage(untyped: Any, dtype: Any) -> Any:
-    import torch
-
-    return torch.storage.TypedStorage(wrap_storage=untyped, dtype=dtype, _internal=True)
-
-
-def _make_device(kind: str, index: int | None) -> Any:
-    import torch
-
-    own = _loading.target.device
-    if kind == "cuda" and (index is not None or own == "cpu"):
-        return torch.device(own)
-    return torch.device(kind) if index is None else torch.device(kind, index)

@@ -30,10 +30,11 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from nbddp import _process, _repair, _settings, _uplink
+from nbddp import _process, _repair, _results, _settings, _uplink, _workers
 from nbddp._names import MODULES_OWN
 from nbddp._paths import RunDir
-from nbddp._pickling import Pickler, Target, load, load_file
+from nbddp._pickling import Target, load, load_file
+from nbddp._results import Wanted
 
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -100,13 +101,15 @@ def restore(
         namespace.update(own)
         if in_rank:
             namespace.update(_given_names(arguments["define"], device))
+            _workers.send_by_value(list(target.received.values()))
         _complete("names restored")
     except BaseException as error:
         if _state.notebook is None:
             raise
         # The script goes on to run(), which sees that all is over.
         _state.arguments = {}
-        _leave(_outcome(error, ()))
+        loading = getattr(getattr(_state, "target", None), "reading", None)
+        _leave(_outcome(error, ()) | ({"loading": loading} if loading else {}))
 
 
 def _enter(*, init: bool, backend: str | None, gpus: bool, **_: Any) -> str:
@@ -184,7 +187,7 @@ def _run_cell(
     header: str,
     colors: str,
     out: tuple[str, ...],
-    gather: bool,
+    gather: tuple[str, ...],
     **_: Any,
 ) -> dict[str, Any]:
     """Run the cell, and write the results if it went well."""
@@ -199,7 +202,10 @@ def _run_cell(
     _complete("cell")
     outcome = _outcome(error, shell.traceback)
     if outcome["outcome"] == "done":
-        outcome |= _results(namespace, out, everywhere=gather)
+        rank = int(os.environ["RANK"])
+        names = Wanted(out, gather).of_rank(rank)
+        if names and _state.run_dir is not None:
+            outcome |= _results.write(names, namespace, _state.target.received, rank, _state.run_dir)
     return outcome
 
 
@@ -247,28 +253,6 @@ def _message(error: BaseException) -> str:
         return str(error)
     except Exception as broken:
         return f"<its __str__ raised {type(broken).__name__}>"
-
-
-def _results(namespace: dict[str, Any], out: tuple[str, ...], *, everywhere: bool) -> dict[str, Any]:
-    """Write what the notebook asked for; return where it is, or why it is not there."""
-    rank = int(os.environ["RANK"])
-    if not out or _state.run_dir is None or not (everywhere or rank == 0):
-        return {}
-    missing = [name for name in out if name not in namespace]
-    if missing:
-        return {"missing_results": missing}
-    names = {name: namespace[name] for name in out}
-    try:
-        snapshot = Pickler(namespace, _state.target.received).snapshot(names)
-    except Exception:
-        from nbddp._closure import explain_results
-
-        return {"bad_results": explain_results(names, namespace)}
-    try:
-        path = _state.run_dir.store(f"results.{rank}", snapshot.nbytes, snapshot.write)
-    except Exception as error:
-        return {"bad_results": f"cannot bring back {', '.join(out)}: {error}"}
-    return {"results": path, "unwrapped": snapshot.unwrapped}
 
 
 def _leave(outcome: dict[str, Any]) -> None:

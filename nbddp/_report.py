@@ -87,6 +87,8 @@ def _rank_error(
             exception = outcome["exception"]
             details = [f"[rank {first.rank}]", *outcome["lines"]]
             message = f"{name} raised {in_short(first)}"
+            if "loading" in outcome:
+                message = f"{name} could not load {outcome['loading']!r}, which the cell uses: {in_short(first)}"
             if outcome.get("missing") in known:
                 notes.append(
                     f"The notebook has a variable {outcome['missing']!r}, but the cell does not name it in a way that "

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 
-from nbddp._pickling import Snapshot
+from nbddp._snapshot import Snapshot
 
 # The file name of the cell that `nbddp.launch` makes: one line, which calls the function.
 CALLER = "<nbddp.launch>"
@@ -47,7 +47,7 @@ class Setup:
         gpus: Whether each rank has a GPU of its own.
         define: Which of rank, local_rank, world_size and device to define.
         out: Names to bring back from rank 0.
-        gather: Whether every rank brings them back, not rank 0 alone.
+        gather: Names to bring back from every rank.
         colors: The notebook's traceback colours.
     """
 
@@ -56,7 +56,7 @@ class Setup:
     gpus: bool = False
     define: tuple[str, ...] = ()
     out: tuple[str, ...] = ()
-    gather: bool = False
+    gather: tuple[str, ...] = ()
     colors: str = ""
 
 

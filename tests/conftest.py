@@ -123,9 +123,17 @@ def leftovers(temp: Path, kernels: list[Kernel]) -> list[str]:
         for path in folder.iterdir():
             if path.name.startswith(live_sessions):
                 left += [f"{p}" for p in path.iterdir() if p.name.startswith("run-")]
-            elif path.name.startswith(_LITTER) and (folder == temp or path.owner() == _me()):
+            elif path.name.startswith(_LITTER) and (folder == temp or (path.owner() == _me() and not _others(path))):
                 left.append(str(path))
     return left
+
+
+def _others(path: Path) -> bool:
+    """Tell whether a session's directory is of a process that lives and is none of this test run's."""
+    with contextlib.suppress(psutil.Error, ValueError, IndexError):
+        process = psutil.Process(int(path.name.split("-")[1]))
+        return os.getpid() not in [parent.pid for parent in process.parents()]
+    return False
 
 
 def _environment() -> dict[str, str]:

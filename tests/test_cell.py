@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import IPython
 import pytest
 
 from tests.kernel import Kernel
@@ -111,8 +112,9 @@ def test_no_name_of_nbddps_own_is_in_the_way(kernel: Kernel) -> None:
 
 def test_a_cells_number_is_the_notebooks(new_kernel: Callable[..., Kernel]) -> None:
     kernel = new_kernel()  # whose first cell loads the extension
-    assert "Cell In[2], line 2" in kernel.run("%%ddp --cpus 1\n1 / 0").traceback
-    assert "Cell In[3], line 1" in kernel.run("1 / 0").traceback
+    assert "In[2]" in kernel.run("%%ddp --cpus 1\n1 / 0").traceback
+    plain = kernel.run("1 / 0").traceback
+    assert "In[3]" in plain or "In [3]" in plain or IPython.version_info < (8,)  # which tells no numbers
     assert kernel.run("%%ddp --cpus 1\nfor i in range(3").traceback.startswith("  Cell In[4], line 2\n    for i in")
 
 

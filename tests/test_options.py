@@ -79,7 +79,7 @@ def test_help_explains_every_option_with_examples() -> None:
     assert "%%ddp --gpus 4" in text
     for name in option_names():
         assert name in text
-    assert len(option_names()) == 12
+    assert len(option_names()) == 14
 
 
 @pytest.mark.parametrize("line", ["--gpus 0", "--gpus -1", "--gpus two", "--frobnicate", "--out 1x"])
@@ -136,8 +136,13 @@ def test_a_name_that_was_not_bound_after_all(kernel: Kernel) -> None:
     kernel.ok("a = 'old'")
     reply = kernel.run("%%ddp --cpus 2 --out a,x\na = 'new'\nif world_size == 7:\n    x = 5")
     assert reply.error == "ResultError"
-    assert reply.message == "--out a,x: the cell did not bind 'x' on rank 0. Nothing was assigned"
+    assert reply.message == (
+        "--out a,x: the cell did not bind 'x' on rank 0. Nothing was assigned; %ddp results has the rest: a"
+    )
     assert kernel.get("a") == "old"
+    assert kernel.get("get_ipython().run_line_magic('ddp', 'results')") == {"a": "new"}
+    kernel.ok("%%ddp --cpus 1 --out a\na = 'newer'")
+    assert "nothing is left over" in kernel.run("%ddp results").message
 
 
 def test_a_result_that_cannot_come_back_is_named(kernel: Kernel) -> None:
@@ -145,7 +150,8 @@ def test_a_result_that_cannot_come_back_is_named(kernel: Kernel) -> None:
     reply = kernel.run("%%ddp --cpus 2 --out a,b\nimport threading\na = 'new'\nb = {'deep': [threading.Lock()]}")
     assert reply.error == "ResultError"
     assert reply.message == (
-        "cannot bring back 'b['deep'][0]' (_thread.lock): cannot pickle '_thread.lock' object. Nothing was assigned"
+        "--out a,b: cannot bring back 'b['deep'][0]' (_thread.lock): cannot pickle '_thread.lock' object. "
+        "Nothing was assigned; %ddp results has the rest: a"
     )
     assert kernel.get("a") == "old"
 
@@ -204,7 +210,9 @@ def test_dry_run_shows_and_launches_nothing(kernel: Kernel) -> None:
     lines = reply.text.splitlines()
     assert lines[0].startswith("torchrun --nnodes 1 --nproc-per-node 2 --rdzv-backend nbddp")
     rows = {line.split()[0]: line for line in lines if line.startswith("  ")}
-    assert set(rows) == {"w", "config", "train", "torch"}
+    assert set(rows) == {"name", "w", "config", "train", "torch"}
+    assert rows["w"].endswith(" 4.0 MB  3")
+    assert lines[-1] == "by value, since the notebook defines them: train"
     assert "torch.Tensor (1000, 1000) torch.float32" in rows["w"]
     assert "4.0 MB" in rows["w"]
     assert "dict" in rows["config"]
