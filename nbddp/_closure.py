@@ -164,7 +164,8 @@ def _culprit(name: str, value: Any, namespace: dict[str, Any], error: Exception)
     seen = {id(value)}
     deadline = time.monotonic() + _SEARCH_SECONDS
     found = True
-    while found and time.monotonic() < deadline:
+    # What is refused as a whole is at fault itself, whatever it consists of.
+    while found and not (isinstance(error, CannotSend) and error.obj is culprit) and time.monotonic() < deadline:
         found = False
         for step, child in _parts(culprit):
             if id(child) in seen:

@@ -188,13 +188,12 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
         }
         # Present but half imported, in another thread, is as good as absent: nothing can have made a tensor yet.
         self._keep: list[Any] = []
-        self._families: list[tuple[type, Reducer]] = []
+        self._families = _reducers.families()
         torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
         if torch is not None and hasattr(torch, "UntypedStorage"):
             storages = _reducers.StorageReducers(torch)
             self._keep = storages.keep
             self._reducers.update(storages.table())
-            self._families += _reducers.torch_subclasses()
             wrapper = getattr(sys.modules.get("torch.nn.parallel"), "DistributedDataParallel", None)
             if wrapper is not None:
                 self._families.append((wrapper, self._reduce_wrapper))
@@ -236,11 +235,16 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
         key = self._received.get(id(obj))
         if key is not None:
             return _senders_own, (key,)
+        again = _reducers.compiled_function(obj)
+        if again is not None:
+            self.met.append(obj)
+            return again
         reduced = super().reducer_override(obj)
         # A tuple of two is a reference in disguise, such as that of NoneType; of six, the object by value.
         if reduced is not NotImplemented and len(reduced) > 2:
             self.met.append(obj)
-            if isinstance(obj, type) and "__slots__" in vars(obj):
+            # Named tuples bring their own.
+            if isinstance(obj, type) and "__slots__" in vars(obj) and not issubclass(obj, tuple):
                 reduced = _with_slots(obj, reduced)
         return reduced
 

@@ -15,6 +15,7 @@ import pickle
 import sys
 import threading
 import types
+import weakref
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +32,13 @@ class CannotSend(TypeError):  # noqa: N818  # said to the pickler, which passes 
     """An object cannot go to another process.
 
     Attributes:
+        obj: The object.
         advice: What to do instead.
     """
 
-    def __init__(self, reason: str, advice: str) -> None:
+    def __init__(self, obj: Any, reason: str, advice: str) -> None:
         super().__init__(reason)
+        self.obj = obj
         self.advice = advice
 
 
@@ -44,7 +47,7 @@ class CannotSend(TypeError):  # noqa: N818  # said to the pickler, which passes 
 
 def _refuser(reason: str, advice: str) -> Reducer:
     def refuse(obj: Any) -> Any:
-        raise CannotSend(reason, advice)
+        raise CannotSend(obj, reason, advice)
 
     return refuse
 
@@ -71,10 +74,23 @@ def _make_cached_property(function: Callable[..., Any], name: str | None) -> Any
     return cached
 
 
+def _reduce_weak_reference(reference: Any) -> Any:
+    obj = reference()
+    if obj is None:
+        raise CannotSend(reference, "what a weak reference pointed to is gone", "Make it inside the cell")
+    return weakref.ref, (obj,)
+
+
 def plain() -> dict[type, Reducer]:
     """Return the reducers for types of Python's own."""
     return {
         functools.cached_property: _reduce_cached_property,
+        # By themselves these are refused for the references that they are made of.
+        weakref.ref: _reduce_weak_reference,
+        weakref.WeakKeyDictionary: lambda weak: (weakref.WeakKeyDictionary, (dict(weak),)),
+        weakref.WeakValueDictionary: lambda weak: (weakref.WeakValueDictionary, (dict(weak),)),
+        weakref.WeakSet: lambda weak: (weakref.WeakSet, (list(weak),)),
+        types.MappingProxyType: lambda proxy: (types.MappingProxyType, (dict(proxy),)),
         type(sys.stdout): _reduce_text_file,
         io.TextIOWrapper: _reduce_text_file,
         io.BufferedReader: _OPEN_FILE,
@@ -314,13 +330,15 @@ def _make_type_info(kind: str, dtype: str) -> Any:
     return getattr(torch, kind)(getattr(torch, dtype))
 
 
-# Of subclasses, too: the wrapper, the iterator, the script.
+# Of subclasses, too: the thread, the iterator, the script.
 
 
-def torch_subclasses() -> list[tuple[type, Reducer]]:
-    """Return reducers for types of torch and all their subclasses, as far as their modules are imported."""
+def families() -> list[tuple[type, Reducer]]:
+    """Return reducers for types and all their subclasses, as far as their modules are imported."""
     found = []
     for module, name, reducer in (
+        ("threading", "Thread", _refuser("a thread runs in its process", "Start it inside the cell")),
+        ("multiprocessing.process", "BaseProcess", _refuser("a process is its parent's", "Start it inside the cell")),
         ("torch.utils.data.dataloader", "_BaseDataLoaderIter", _LOADER_ITERATOR),
         ("torch.jit", "ScriptModule", _reduce_script),
         ("torch.jit", "ScriptFunction", _reduce_script),
@@ -344,6 +362,22 @@ _PROCESS_GROUP = _refuser(
     "Ranks have one already; make others inside the cell, with torch.distributed.new_group()",
 )
 _CUDA_CONTEXT = _refuser("it belongs to this process's work on its GPU", "Make it inside the cell")
+
+
+def compiled_function(function: Any) -> Any:
+    """Return what makes a function of ``torch.compile`` again, from its original; None for any other."""
+    original = getattr(function, "_torchdynamo_orig_callable", None)
+    if original is None or not isinstance(function, types.FunctionType):
+        return None
+    names = function.__code__.co_freevars
+    cells = dict(zip(names, (cell.cell_contents for cell in function.__closure__ or ()), strict=True))
+    # The context knows backend, mode and options, and makes the function when called.
+    context = cells.get("self")
+    return (_call, (context, original)) if callable(context) else None
+
+
+def _call(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
 
 
 def _reduce_script(module: Any) -> Any:

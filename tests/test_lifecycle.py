@@ -349,23 +349,6 @@ def test_processes_that_outlived_everything_are_swept(new_kernel: Callable[..., 
     sleepers[0].wait(timeout=5)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Path:
-    """A file system of 64 kB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k,mode=700", "none", str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip(f"NOT TESTED: a full disk; mounting one takes root: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "--lazy", str(folder)], check=True)
-
-
 def fill(folder: Path) -> None:
     with open(folder / "filler", "wb", buffering=0) as file:
         try:

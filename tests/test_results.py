@@ -1,0 +1,121 @@
+"""What comes back: from rank 0, from every rank, to a device; all of it or nothing, and then the rest is not lost."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.kernel import Kernel
+
+
+def test_a_list_by_rank_beside_a_name_from_rank_0(kernel: Kernel) -> None:
+    kernel.ok("%%ddp --cpus 3 --gather mine,both --out only\nmine, only, both = rank * 10, rank, [rank]")
+    assert kernel.get("mine, only, both") == ([0, 10, 20], 0, [[0], [1], [2]])
+
+
+def test_what_is_shared_between_results_stays_shared(kernel: Kernel) -> None:
+    kernel.ok("import torch\nnet = torch.nn.Linear(2, 2)")
+    kernel.ok(
+        "%%ddp --cpus 2 --out net,optimizer --gather weights\nweights = net.weight\n"
+        "optimizer = torch.optim.SGD(net.parameters(), lr=1)"
+    )
+    assert kernel.get("optimizer.param_groups[0]['params'][0] is net.weight is weights[0], len(weights)") == (True, 2)
+
+
+def test_results_can_be_written_to(kernel: Kernel) -> None:
+    kernel.ok("%%ddp --cpus 1 --out t,a\nimport torch, numpy\nt, a = torch.zeros(1 << 20), numpy.zeros(1 << 20)")
+    kernel.ok("t += 1\na += 1")
+    assert kernel.get("t.sum().item(), float(a.sum())") == (1 << 20, 1 << 20)
+
+
+def test_a_result_lives_on_after_its_file_and_can_go_again(kernel: Kernel) -> None:
+    kernel.ok("%%ddp --cpus 1 --out t\nimport torch\nt = torch.ones(1 << 20)")
+    kernel.ok("%%ddp --cpus 2 --out t\nt = t * 2")
+    assert kernel.get("t.sum().item()") == 2 << 20
+
+
+def test_names_of_the_notebook_that_the_cell_only_takes(kernel: Kernel) -> None:
+    kernel.ok("seen = [1]")
+    kernel.ok("%%ddp --cpus 2 --gather seen\nseen.append(rank)")
+    assert kernel.get("seen") == [[1, 0], [1, 1]]
+
+
+def test_tensors_are_put_on_a_device(kernel: Kernel) -> None:
+    kernel.ok("import torch\nnet = torch.nn.Linear(2, 2)")
+    kernel.ok("%%ddp --cpus 1 --out net --out-device meta\nnet.weight.data += 1")
+    assert kernel.get("net.weight.device.type, tuple(net.weight.shape)") == ("meta", (2, 2))
+    reply = kernel.run("%%ddp --cpus 1 --out net --out-device cuda:1\nnet\nprint('ran')")
+    assert reply.error == "LaunchError"
+    assert reply.message == "--out-device cuda:1: there are no GPUs here"
+    assert "ran" not in reply.text
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--out a --gather a", "--out and --gather both bring back a"),
+        ("--gather 5", "--gather 5: that is no name"),
+        ("--out a --out-device gpu", "--out-device gpu: that is no device, such as cpu or cuda:0"),
+        ("--out-device cpu", "--out-device says where results are put"),
+        ("--gather zz", "--gather zz: the cell never binds 'zz'"),
+    ],
+)
+def test_what_cannot_be(kernel: Kernel, line: str, message: str) -> None:
+    assert message in kernel.run(f"%%ddp --cpus 1 {line}\na = 1").text
+
+
+def test_missing_on_one_rank(kernel: Kernel) -> None:
+    kernel.ok("a, b = 'old', 'old'")
+    reply = kernel.run("%%ddp --cpus 3 --gather c,b\nb = rank\nif rank != 1:\n    c = rank")
+    assert reply.error == "ResultError"
+    assert reply.message == (
+        "--gather c,b: the cell did not bind 'c' on rank 1. Nothing was assigned; %ddp results has the rest: b"
+    )
+    assert kernel.get("a, b") == ("old", "old")
+    assert kernel.get("get_ipython().run_line_magic('ddp', 'results')") == {"b": [0, 1, 2]}
+
+
+def test_what_cannot_be_loaded_in_the_notebook(kernel: Kernel) -> None:
+    kernel.ok("import os\npid = os.getpid()\na = bad = 'old'")
+    reply = kernel.run(
+        "%%ddp --cpus 1 --out a,bad\na = 1\nclass Bad:\n    def __reduce__(self): return explode, ()\n"
+        "def explode(): raise OSError('only there')\nbad = Bad()"
+    )
+    assert reply.error == "ResultError"
+    assert "'bad' came back, but cannot be loaded here: OSError: only there. Nothing was assigned" in reply.message
+    assert kernel.get("a, bad") == ("old", "old")
+
+
+def test_nothing_is_assigned_when_the_run_fails(kernel: Kernel) -> None:
+    kernel.ok("a = 'old'")
+    reply = kernel.run("%%ddp --cpus 2 --out a\na = 'new'\nif rank == 1:\n    raise ValueError('late')")
+    assert reply.error == "RankError"
+    assert kernel.get("a") == "old"
+    assert "nothing is left over" in kernel.run("%ddp results").message
+
+
+def test_explain_tells_what_the_last_cell_takes(kernel: Kernel) -> None:
+    kernel.ok(
+        "import torch\nw = torch.zeros(1000, 1000)\nclass Net(torch.nn.Module): pass\ndef helper(): pass\n"
+        "def train(m): return Net, helper"
+    )
+    kernel.ok("%%ddp --cpus 1\nx = w\ntrain(w)\ntorch")
+    lines = kernel.ok("%ddp explain").text.splitlines()
+    assert lines[0] == "%%ddp --cpus 1"
+    assert lines[1].startswith("sent to each rank, 4.0 MB in all:")
+    rows = [line.split() for line in lines[2:-1]]
+    assert rows[0] == ["name", "type", "size", "used", "on", "line"]
+    assert ["w", "torch.Tensor", "(1000,", "1000)", "torch.float32", "4.0", "MB", "2,", "3"] in rows
+    assert ["torch", "module", "torch", "by", "name", "4"] in rows
+    assert lines[-1] == "by value, since the notebook defines them: train, Net, helper"
+    assert "torch.Tensor" in kernel.ok("%ddp explain w").text
+    assert "the notebook has no variable nothing" in kernel.run("%ddp explain nothing").text
+
+
+def test_large_captures_are_pointed_out(kernel: Kernel) -> None:
+    kernel.ok("import torch\nw, small = torch.zeros(1000, 1000), 1\n%config DDPMagics.large = 1e6")
+    reply = kernel.ok("%%ddp --cpus 1\nw, small\npass")
+    kernel.ok("%config DDPMagics.large = 1e9")
+    assert reply.text == (
+        "nbddp: 4.0 MB go to the ranks; the largest is w (torch.Tensor (1000, 1000) torch.float32, 4.0 MB)\n"
+    )
+    assert kernel.ok("%%ddp --cpus 1\nw, small\npass").text == ""
