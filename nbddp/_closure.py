@@ -18,7 +18,7 @@ from typing import Any
 
 from nbddp._errors import CaptureError
 from nbddp._paths import format_size
-from nbddp._pickling import Pickler
+from nbddp._pickling import Pickler, goes_by_name
 from nbddp._reducers import CannotSend
 from nbddp._snapshot import Snapshot
 
@@ -92,8 +92,7 @@ def explain(
     text = [f"sent to each rank, {format_size(snapshot.nbytes)} in all:"]
     rows = [("name", "type", "size", "used on line")] if lines else []
     for item in captured:
-        module = isinstance(names[item.name], types.ModuleType)
-        size = "by name" if module else format_size(item.nbytes)
+        size = "by name" if goes_by_name(names[item.name]) else format_size(item.nbytes)
         rows.append((item.name, item.kind, size, _listed(lines.get(item.name, ()))))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     text += [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows]

@@ -279,6 +279,12 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
         return _make_code, (make, args, code.co_filename)
 
 
+def goes_by_name(obj: Any) -> bool:
+    """Tell whether a module, function or class is imported where it goes to, not sent."""
+    definition = isinstance(obj, types.ModuleType | types.FunctionType | type)
+    return definition and bool(cloudpickle.cloudpickle._should_pickle_by_reference(obj))
+
+
 def _leave(_: Any) -> Any:
     return NotImplemented
 
