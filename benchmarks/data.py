@@ -1,7 +1,7 @@
 """Data to the ranks and back: ``python benchmarks/data.py [travel] [back] [memory] [small] [peers]``.
 
-Times are those of a cell with the data less those of the same cell without, beside ``tensor.clone()`` of as many bytes in
-the notebook; both are taken in turn. ``peers`` needs ``pip install -e '.[bench]'``.
+Times are those of a cell with the data less those of the same cell without, beside ``tensor.clone()`` of as many bytes
+in the notebook; both are taken in turn. ``peers`` needs ``pip install -e '.[bench]'``.
 """
 
 from __future__ import annotations
