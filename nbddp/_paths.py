@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
+from nbddp import _process
 from nbddp._errors import LaunchError
 
 _PREFIX = "nbddp-"
@@ -89,7 +90,8 @@ class RunDir:
         """
         free = {}
         if self._shm is not None and os.path.isdir(_SHM):
-            free[_SHM] = _free(_SHM)
+            # It may be larger than the memory that this process may have, and that would kill the kernel.
+            free[_SHM] = min(_free(_SHM), _process.available_memory())
             if free[_SHM] >= size + _SHM_RESERVE and self._make_shm():
                 path = os.path.join(self._shm, name)
                 try:

@@ -182,6 +182,22 @@ def _cpu_quota() -> int | None:
     return max(1, -(-int(quota) // int(period)))
 
 
+def available_memory() -> int:
+    """Return how many bytes of memory can still be had: the machine's, or what the container's limit leaves if less."""
+    room = sys.maxsize
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        room = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    for group in {Path("/sys/fs/cgroup"), _own_cgroup()}:
+        with contextlib.suppress(OSError, ValueError):  # no such limit ("max"), or another version
+            limit = int((group / "memory.max").read_text())
+            used = int((group / "memory.current").read_text())
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            # Cached files give way.
+            room = min(room, limit - used + int(stat.get("inactive_file", 0)))
+    return max(room, 0)
+
+
 def oom_kills() -> int:
     """Return how many processes the kernel has killed for want of memory, as far as this process can see.
 

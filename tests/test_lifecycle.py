@@ -399,6 +399,10 @@ def test_data_goes_to_memory_if_there_is_room_else_to_disk_else_nowhere(
     assert run.store("x", 1000, write).startswith("/dev/shm/")
     # Several ranks ask at once and all see room.
     assert run.store("x", 1000, write_too_much).startswith(session.root)
+    # A container's memory limit may be less than its /dev/shm.
+    monkeypatch.setattr(_paths._process, "available_memory", lambda: 1 << 20)
+    assert run.store("x", 1000, write).startswith(session.root)
+    monkeypatch.undo()
     monkeypatch.setattr(_paths, "_SHM", str(small_disk))
     (small_disk / session.name).mkdir()
     run = RunDir.from_environment(run.root)
@@ -412,6 +416,7 @@ def test_data_goes_to_memory_if_there_is_room_else_to_disk_else_nowhere(
 
 
 def test_cores_and_oom_kills_can_be_asked_for() -> None:
+    assert 1 << 20 < _process.available_memory() <= psutil.virtual_memory().total
     assert 1 <= _process.usable_cores() <= (os.cpu_count() or 1)
     assert _process.oom_kills() >= 0
 
