@@ -180,7 +180,11 @@ def peers(folder: Path) -> list[Table]:
         times[peer] = []
         for megabytes in (1, 256):
             run = subprocess.run(
-                [sys.executable, str(script), peer, str(megabytes)], capture_output=True, text=True, check=False
+                [sys.executable, str(script), peer, str(megabytes)],
+                capture_output=True,
+                text=True,
+                check=False,
+                cwd=folder,
             )
             found = [float(line.split()[1]) for line in run.stdout.splitlines() if line.startswith("RESULT")]
             if len(found) != 3:

@@ -102,12 +102,12 @@ def explain(
     return text
 
 
-def size_line(names: Mapping[str, Any], namespace: dict[str, Any], snapshot: Snapshot) -> str:
+def size_line(names: Mapping[str, Any], snapshot: Snapshot) -> str:
     """Return a line that says how much goes to the ranks, and what most of it is."""
-    largest = max(describe(names, namespace), key=lambda item: item.nbytes)
+    largest = max(snapshot.sizes, key=snapshot.sizes.__getitem__)
     return (
-        f"nbddp: {format_size(snapshot.nbytes)} go to the ranks; the largest is {largest.name} "
-        f"({largest.kind}, {format_size(largest.nbytes)})"
+        f"nbddp: {format_size(snapshot.nbytes)} go to the ranks; the largest is {largest} "
+        f"({_kind(names[largest])}, {format_size(snapshot.sizes[largest])})"
     )
 
 

@@ -84,7 +84,8 @@ def check_out_device(device: str, count_gpus: Callable[[], int]) -> None:
     """
     kind, _, index = device.partition(":")
     if kind == "cuda" and (there := count_gpus()) <= int(index or 0):
-        raise LaunchError(f"--out-device {device}: there {'is' if there == 1 else 'are'} {there or 'no'} GPUs here")
+        have = "is 1 GPU" if there == 1 else f"are {there or 'no'} GPUs"
+        raise LaunchError(f"--out-device {device}: there {have} here")
 
 
 def environment(base: Mapping[str, str], options: Options, devices: Devices) -> dict[str, str]:

@@ -87,12 +87,12 @@ class ResultError(NbddpError):
     """The cell ran to its end, but not every name that was asked for could be brought back, so none was assigned.
 
     Attributes:
-        results: Those that could.
+        results: Those that could; in the error of `nbddp.launch`, by rank.
     """
 
     def __init__(self, message: str, *, results: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
-        self.results = dict(results or {})
+        self.results: dict[Any, Any] = dict(results or {})
 
 
 class RankError(NbddpError):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from nbddp import _client, _job
+from nbddp._errors import ResultError
 from nbddp._options import Options
 from nbddp._relay import Screen, Terminal
 from nbddp._results import Wanted
@@ -58,7 +59,7 @@ def launch(
         LaunchError: The ranks could not be started.
         RankError: A rank raised, exited or died.
         RunTimeout: `timeout` passed.
-        ResultError: A return value cannot be brought back.
+        ResultError: A return value cannot be brought back; the others are in its `results`, by rank.
     """
     options = Options(
         gpus=gpus,
@@ -83,7 +84,12 @@ def launch(
         colors=str(shell.colors) if shell is not None else "",
     )
     screen: Screen = _magic.screen_of(shell) if shell is not None else Terminal()
-    results: list[_Result] = _job.perform(job, client, screen).results[_VALUE]
+    try:
+        results: list[_Result] = _job.perform(job, client, screen).results[_VALUE]
+    except ResultError as error:
+        # By rank, those that could come.
+        error.results = error.results.get(_VALUE, {})
+        raise
     return results
 
 

@@ -3,7 +3,7 @@
 ::
 
     devices ──> capture ──> script ──> launch, wait, relay ──> results
-    _devices    _closure    _script    _run, _relay            _pickling
+    _devices    _closure    _script    _run, _relay            _results
 
 The magic and `nbddp.launch` both come through here; they differ in what they hand in and in what they do with the
 results. The directory of the run is gone when this returns, whichever way it does.
@@ -159,11 +159,11 @@ class _Attempt:
         times["captured"] = time.monotonic()
         devices = _devices.choose(job.options, env, lambda: _count_gpus(self.client, env, gate))
         if job.wanted.device is not None:
-            _devices.check_out_device(job.wanted.device, lambda: _count_gpus(self.client, env, gate))
+            _devices.check_out_device(job.wanted.device, lambda: _count_gpus(self.client, os.environ, gate))
         if devices.note:
             self.say(devices.note)
         if job.large is not None and closure.nbytes > job.large:
-            self.say(_closure.size_line(job.names, job.namespace, closure))
+            self.say(_closure.size_line(job.names, closure))
         if hidden := _hidden_names(job, devices):
             self.say(hidden)
         for wrapper in dict.fromkeys(closure.unwrapped):
@@ -176,6 +176,8 @@ class _Attempt:
         try:
             with gate.open():
                 _write(script, run_dir)
+            # It lies in the run directory now; copies that it may hold are not to wait for the end of the run.
+            closure.release()
             ending = self._run(devices, run_dir)
             with gate.open():
                 reports = {rank: state.outcome or {} for rank, state in ending.ranks.items()}

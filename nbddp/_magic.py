@@ -216,7 +216,7 @@ class DDPMagics(Magics):
                 self._show_log(int(rank))
             case ["results"]:
                 if not self._left_over:
-                    raise LaunchError("%ddp results: nothing is left over; what the last run brought back was assigned")
+                    raise LaunchError("%ddp results: nothing is left over from the last run")
                 return dict(self._left_over)
             case ["explain", *names]:
                 sys.stdout.write("\n".join(self._explain(names)) + "\n")

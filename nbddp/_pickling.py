@@ -54,6 +54,7 @@ class Target:
         device: What ``torch.device("cuda:K")`` and CUDA tensors become: this process's own device, as a string.
         all_to: The device that every tensor is put on, wherever it was; None to leave them.
         reading: The name that is being loaded.
+        held: What only weak references hold; it lives as long as this.
     """
 
     namespace: dict[str, Any]
@@ -63,6 +64,7 @@ class Target:
     device: str = "cpu"
     all_to: str | None = None
     reading: str | None = None
+    held: list[Any] = field(default_factory=list)
 
 
 def load_file(path: str, target: Target) -> None:
@@ -97,7 +99,7 @@ class _Names:
     def _items(self) -> Iterator[tuple[_Key | int | None, Any]]:
         """Yield what is to be stored; runs while the pickler works, which extends what is still to come."""
         for name, value in self._names.items():
-            yield _Key(name), value
+            yield _Key(name, self._pickler.begin), value
         pickler = self._pickler
         done = 0
         while True:
@@ -112,17 +114,19 @@ class _Names:
             yield done, obj
             name = getattr(obj, "__qualname__", getattr(obj, "__name__", ""))
             if name not in self._names and pickler.namespace.get(name) is obj:
-                yield _Key(name), obj
+                yield _Key(name, _leave), obj
             done += 1
 
 
 class _Key:
     """A name as it is pickled: loading it tells which one comes next, should that fail."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, begin: Callable[[str], object]) -> None:
         self._name = name
+        self._begin = begin
 
     def __reduce__(self) -> tuple[Any, ...]:
+        self._begin(self._name)
         return _reading, (self._name,)
 
 
@@ -177,6 +181,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
         self._buffers: list[memoryview] = []
         self._sources: set[str] = set()
         self._unwrapped: list[str] = []
+        self._begun: list[tuple[str, int]] = []
+        self._out_of_band = 0
         # cloudpickle pickles functions with the globals that this table has for theirs (undocumented; a test holds
         # it). It compares the entry with an empty dict, which an object of another type never equals.
         self.globals_ref[id(namespace)] = _SharedGlobals()
@@ -186,13 +192,14 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
             functools._lru_cache_wrapper: self._reduce_cached_function,
             typing.NewType: self._reduce_new_type,
         }
-        # Present but half imported, in another thread, is as good as absent: nothing can have made a tensor yet.
         self._keep: list[Any] = []
         self._families = _reducers.families()
+        # Present but half imported, in another thread, is as good as absent: nothing can have made a tensor yet.
         torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
         if torch is not None and hasattr(torch, "UntypedStorage"):
             storages = _reducers.StorageReducers(torch)
             self._keep = storages.keep
+            self._families.append((torch.Tensor, _reducers.reduce_tensor))
             self._reducers.update(storages.table())
             wrapper = getattr(sys.modules.get("torch.nn.parallel"), "DistributedDataParallel", None)
             if wrapper is not None:
@@ -209,13 +216,23 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
             Exception: Whatever the objects' own methods raise, most often TypeError or PicklingError.
         """
         self.dump(_Names(self, names))
-        return Snapshot(self._stream, self._buffers, self.met, self._sources, self._unwrapped, self._keep)
+        ends = [at for _, at in self._begun[1:]] + [self._position()] * bool(self._begun)
+        sizes = {name: end - at for (name, at), end in zip(self._begun, ends, strict=True)}
+        return Snapshot(self._stream, self._buffers, self.met, self._sources, self._unwrapped, self._keep, sizes)
+
+    def begin(self, name: str) -> None:
+        """Take note of where a name's value begins."""
+        self._begun.append((name, self._position()))
+
+    def _position(self) -> int:
+        return self._stream.nbytes + self._out_of_band
 
     def _keep_in_band(self, buffer: pickle.PickleBuffer) -> bool:
         view = buffer.raw()
         if view.nbytes < _IN_BAND:
             return True
         self._buffers.append(view)
+        self._out_of_band += view.nbytes
         return False
 
     def reducer_override(self, obj: Any) -> Any:
@@ -237,8 +254,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
             return _senders_own, (key,)
         again = _reducers.compiled_function(obj)
         if again is not None:
-            self.met.append(obj)
-            return again
+            return self._reduce_named(obj, again)
         reduced = super().reducer_override(obj)
         # A tuple of two is a reference in disguise, such as that of NoneType; of six, the object by value.
         if reduced is not NotImplemented and len(reduced) > 2:
@@ -254,7 +270,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
         return self._reduce_named(function, again)
 
     def _reduce_new_type(self, kind: Any) -> Any:
-        return self._reduce_named(kind, (typing.NewType, (kind.__name__, kind.__supertype__)))
+        return self._reduce_named(kind, (_make_new_type, (kind.__name__, kind.__supertype__, kind.__module__)))
 
     def _reduce_named(self, obj: Any, again: tuple[Any, ...]) -> Any:
         """Reduce by value, if it is the notebook's, what pickles itself as a name in its module."""
@@ -296,6 +312,13 @@ def _with_slots(kind: type, reduced: tuple[Any, ...]) -> tuple[Any, ...]:
         return reduced
     slots = kind.__dict__["__slots__"]
     return make, (metaclass, name, bases, {**namespace, "__slots__": slots}, *rest), *others
+
+
+def _make_new_type(name: str, supertype: Any, module: str) -> Any:
+    make: Any = typing.NewType  # a type checker wants a literal name
+    kind = make(name, supertype)
+    kind.__module__ = module
+    return kind
 
 
 def _make_cached_function(function: Callable[..., Any], maxsize: int | None, typed: bool) -> Any:

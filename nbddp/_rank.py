@@ -102,6 +102,8 @@ def restore(
         if in_rank:
             namespace.update(_given_names(arguments["define"], device))
             _workers.send_by_value(list(target.received.values()))
+        else:
+            _workers.send_back_by_value()
         _complete("names restored")
     except BaseException as error:
         if _state.notebook is None:

@@ -60,7 +60,8 @@ def _reduce_text_file(file: Any) -> Any:
     for name in ("stdin", "stdout", "stderr"):
         if file is getattr(sys, name):
             return getattr, (sys, name)
-    return _OPEN_FILE(file)
+    # What else stands for a stream: a notebook's own, or a StringIO under redirect_stdout.
+    return _OPEN_FILE(file) if isinstance(file, io.TextIOWrapper) else NotImplemented
 
 
 def _reduce_cached_property(cached: Any) -> Any:
@@ -75,10 +76,21 @@ def _make_cached_property(function: Callable[..., Any], name: str | None) -> Any
 
 
 def _reduce_weak_reference(reference: Any) -> Any:
-    obj = reference()
-    if obj is None:
-        raise CannotSend(reference, "what a weak reference pointed to is gone", "Make it inside the cell")
-    return weakref.ref, (obj,)
+    if reference.__callback__ is not None:
+        raise CannotSend(reference, "what a weak reference calls is this process's", "Make it inside the cell")
+    return _make_weak, (weakref.ref, reference())
+
+
+class _Gone:
+    """What a dead weak reference points to, for a moment."""
+
+
+def _make_weak(kind: Callable[[Any], Any], content: Any) -> Any:
+    if content is None:
+        return weakref.ref(_Gone())
+    # Nothing else need have come along that holds it.
+    loading.target.held.append(content)
+    return kind(content)
 
 
 def plain() -> dict[type, Reducer]:
@@ -87,9 +99,9 @@ def plain() -> dict[type, Reducer]:
         functools.cached_property: _reduce_cached_property,
         # By themselves these are refused for the references that they are made of.
         weakref.ref: _reduce_weak_reference,
-        weakref.WeakKeyDictionary: lambda weak: (weakref.WeakKeyDictionary, (dict(weak),)),
-        weakref.WeakValueDictionary: lambda weak: (weakref.WeakValueDictionary, (dict(weak),)),
-        weakref.WeakSet: lambda weak: (weakref.WeakSet, (list(weak),)),
+        weakref.WeakKeyDictionary: lambda weak: (_make_weak, (weakref.WeakKeyDictionary, dict(weak))),
+        weakref.WeakValueDictionary: lambda weak: (_make_weak, (weakref.WeakValueDictionary, dict(weak))),
+        weakref.WeakSet: lambda weak: (_make_weak, (weakref.WeakSet, list(weak))),
         types.MappingProxyType: lambda proxy: (types.MappingProxyType, (dict(proxy),)),
         type(sys.stdout): _reduce_text_file,
         io.TextIOWrapper: _reduce_text_file,
@@ -119,9 +131,8 @@ class ArrayReducer:
         self._np = np
 
     def handles(self, kind: type) -> bool:
-        """Tell whether arrays of this type are pickled as NumPy's own."""
-        base = self._np.ndarray
-        return kind.__reduce__ is base.__reduce__ and kind.__reduce_ex__ is base.__reduce_ex__
+        """Tell whether arrays of this type are rebuilt by a view; others may have ways of their own."""
+        return kind in (self._np.ndarray, self._np.memmap, self._np.matrix, self._np.recarray)
 
     def __call__(self, array: Any) -> Any:
         """Return what builds the array again."""
@@ -152,7 +163,7 @@ class ArrayReducer:
             return None
         low, high = np.lib.array_utils.byte_bounds(array) if hasattr(np.lib, "array_utils") else np.byte_bounds(array)
         begin = array.offset - array.offset % _granularity() + (low - base)
-        mode = "r" if array.mode == "r" else "r+"
+        mode = "r" if array.mode == "r" or not array.flags.writeable else "r+"
         first = array.__array_interface__["data"][0] - low
         return _make_memmap, (
             os.path.abspath(path),
@@ -240,6 +251,8 @@ class StorageReducers:
             torch.storage.TypedStorage: self._reduce_typed,
             torch.UntypedStorage: self._reduce_untyped,
             torch.device: _reduce_device,
+            # By itself it goes as a name, of which pickle does not know the module.
+            torch.memory_format: lambda kind: (_torchs, (str(kind).removeprefix("torch."),)),
             torch.finfo: _reduce_type_info,
             torch.iinfo: _reduce_type_info,
         }
@@ -320,6 +333,26 @@ def _make_device(kind: str, index: int | None) -> Any:
     return torch.device(kind) if index is None else torch.device(kind, index)
 
 
+def reduce_tensor(tensor: Any) -> Any:
+    """Reduce a tensor with its gradient, which torch leaves behind."""
+    if not tensor.is_leaf or tensor.grad is None:
+        return NotImplemented
+    reduced = tensor.__reduce_ex__(5)
+    if len(reduced) > 2:
+        return NotImplemented  # it has a state of its own kind
+    return *reduced, tensor.grad, None, None, _set_gradient
+
+
+def _set_gradient(tensor: Any, gradient: Any) -> None:
+    tensor.grad = gradient
+
+
+def _torchs(name: str) -> Any:
+    import torch
+
+    return getattr(torch, name)
+
+
 def _reduce_type_info(info: Any) -> Any:
     return _make_type_info, (type(info).__name__, info.dtype)
 
@@ -340,6 +373,7 @@ def families() -> list[tuple[type, Reducer]]:
         ("threading", "Thread", _refuser("a thread runs in its process", "Start it inside the cell")),
         ("multiprocessing.process", "BaseProcess", _refuser("a process is its parent's", "Start it inside the cell")),
         ("torch.utils.data.dataloader", "_BaseDataLoaderIter", _LOADER_ITERATOR),
+        ("torch.utils.data.dataloader", "DataLoader", _reduce_loader),
         ("torch.jit", "ScriptModule", _reduce_script),
         ("torch.jit", "ScriptFunction", _reduce_script),
         ("torch._C._distributed_c10d", "ProcessGroup", _PROCESS_GROUP),
@@ -357,6 +391,16 @@ _LOADER_ITERATOR = _refuser(
     "an iterator over a DataLoader has workers and a position of its own",
     "Send the DataLoader, and call iter() inside the cell",
 )
+
+
+def _reduce_loader(loader: Any) -> Any:
+    if vars(loader).get("_iterator") is None:
+        return NotImplemented
+    # With persistent workers it keeps its iterator; elsewhere it makes a new one when it is asked.
+    make, args, state, *rest = loader.__reduce_ex__(5)
+    return make, args, {**state, "_iterator": None}, *rest
+
+
 _PROCESS_GROUP = _refuser(
     "a process group is a set of connections between processes",
     "Ranks have one already; make others inside the cell, with torch.distributed.new_group()",
@@ -385,15 +429,15 @@ def _reduce_script(module: Any) -> Any:
 
     content = io.BytesIO()
     torch.jit.save(module, content)
-    return _make_script, (content.getvalue(),)
+    tensors = [*module.parameters(), *module.buffers()] if isinstance(module, torch.nn.Module) else []
+    return _make_script, (content.getvalue(), any(tensor.device.type != "cpu" for tensor in tensors))
 
 
-def _make_script(content: bytes) -> Any:
+def _make_script(content: bytes, on_device: bool) -> Any:
     import torch
 
     target = loading.target
-    device = target.all_to or (None if target.device == "cpu" else target.device)
-    return torch.jit.load(io.BytesIO(content), map_location=device or "cpu")
+    return torch.jit.load(io.BytesIO(content), map_location=target.all_to or (target.device if on_device else "cpu"))
 
 
 def identity(obj: Any) -> Any:

@@ -83,7 +83,8 @@ def read(wanted: Wanted, reports: Mapping[int, Mapping[str, Any]], sent: Sequenc
         The names: of `Wanted.out` with their values, of `Wanted.gather` with a list by rank.
 
     Raises:
-        ResultError: Some of it is not to be had; the rest is in its `results`.
+        ResultError: Some of it is not to be had; the rest is in its `results`, a gathered name that not all ranks
+            have as a dictionary by rank.
     """
     ranks = [rank for rank in sorted(reports) if wanted.of_rank(rank)]
     problems: dict[str, None] = {}
@@ -96,6 +97,8 @@ def read(wanted: Wanted, reports: Mapping[int, Mapping[str, Any]], sent: Sequenc
         loaded[rank] = {}
         if "results" in report:
             target = Target(loaded[rank], _own_globals(), sender_has=sent, all_to=wanted.device)
+            if wanted.device is not None and wanted.device.startswith("cuda"):
+                target.device = wanted.device
             try:
                 load_file(report["results"], target)
             except Exception as error:
@@ -104,8 +107,11 @@ def read(wanted: Wanted, reports: Mapping[int, Mapping[str, Any]], sent: Sequenc
                 loaded[rank].pop(name or "", None)
     results = {name: loaded[0][name] for name in wanted.out if name in loaded[0]}
     for name in wanted.gather:
-        if all(name in loaded[rank] for rank in ranks):
-            results[name] = [loaded[rank][name] for rank in ranks]
+        by_rank = {rank: loaded[rank][name] for rank in ranks if name in loaded[rank]}
+        if len(by_rank) == len(ranks):
+            results[name] = list(by_rank.values())
+        elif by_rank:
+            results[name] = by_rank
     if problems:
         raise ResultError(_message(wanted, list(problems), list(results)), results=results)
     return results

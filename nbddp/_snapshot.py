@@ -18,7 +18,7 @@ import pickle
 import struct
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 # A cache line: what vectorised kernels like their data aligned to.
@@ -56,6 +56,7 @@ class Snapshot:
         sources: File names of the code objects that went by value.
         unwrapped: Types of wrappers, such as DDP, whose ``.module`` went in their place.
         keep: What must not be freed while `buffers` are read.
+        sizes: About how many bytes each name added, to a few thousand; what names share is the first one's.
     """
 
     stream: Stream
@@ -64,6 +65,13 @@ class Snapshot:
     sources: set[str]
     unwrapped: list[str]
     keep: list[Any]
+    sizes: dict[str, int] = field(default_factory=dict)
+
+    def release(self) -> None:
+        """Let go of the data, once it is written; `met` and the rest stay."""
+        self.stream.pieces.clear()
+        self.buffers.clear()
+        self.keep.clear()
 
     @property
     def nbytes(self) -> int:

@@ -160,6 +160,8 @@ VALUES: dict[str, tuple[str, str]] = {
     "sampler": ("torch.utils.data.DistributedSampler(range(9), 2, 1, seed=3)", "list(v)"),
     "script module": ("torch.jit.script(torch.nn.Linear(2, 2))", "v(torch.ones(2)).tolist()"),
     "compiled module": ("torch.compile(torch.nn.Linear(2, 2), backend='eager')", "v(torch.ones(2)).tolist()"),
+    "memory format": ("{'f': torch.channels_last}", "v['f']"),
+    "gradient": ("(lambda p: (p.sum().backward(), p)[1])(torch.ones(90000, requires_grad=True))", "v.grad.sum().item()"),
     "type info": ("torch.finfo(torch.bfloat16)", "v.max"),
     "small things": ("(1, 2.5, 1j, 'é', b'x', None, ..., range(3), slice(1), {1}, frozenset({2}))", "v"),
     "large bytes": ("b'ab' * 900_000", "len(v), v[-1]"),
@@ -216,6 +218,47 @@ def test_a_memory_mapped_array_is_mapped_again(kernel: Kernel, tmp_path: Path) -
     kernel.ok("%%ddp --cpus 1\nassert m[7] == 7, m[7]")  # not what has its name now
 
 
+def test_a_write_protected_part_of_a_writable_file_stays_so(kernel: Kernel, tmp_path: Path) -> None:
+    kernel.ok(
+        f"import numpy as np\nm = np.memmap({str(tmp_path / 'm')!r}, 'f4', 'w+', shape=(1 << 20,))\n"
+        "m.flags.writeable = False"
+    )
+    kernel.ok("%%ddp --cpus 1\nassert not m.flags.writeable and m.mode == 'r'")
+
+
+def test_weak_references_and_streams(kernel: Kernel) -> None:
+    kernel.ok(
+        "import weakref, io, contextlib\nclass C: pass\nc = C()\nref, dead = weakref.ref(c), weakref.ref(C())\n"
+        "keys = weakref.WeakKeyDictionary({c: 1})\ntext = io.StringIO('abc')"
+    )
+    kernel.ok("%%ddp --cpus 1\nassert type(ref()) is C and dead() is None and list(keys.values()) == [1]")
+    kernel.ok(
+        "import nbddp\nwith contextlib.redirect_stdout(io.StringIO()):\n    read = nbddp.launch(text.read, cpus=1)"
+    )
+    assert kernel.get("read") == ["abc"]
+
+
+def test_a_loader_with_persistent_workers_that_was_used(kernel: Kernel) -> None:
+    kernel.ok(
+        "import torch\nloader = torch.utils.data.DataLoader([1, 2], num_workers=1, persistent_workers=True)\nlist(loader)"
+    )
+    kernel.ok("%%ddp --cpus 2\nassert [b.item() for b in loader] == [1, 2]")
+    kernel.ok("assert loader._iterator is not None\ndel loader._iterator")
+
+
+def test_names_of_modules_stay_names(new_kernel: Callable[..., Kernel], tmp_path: Path) -> None:
+    (tmp_path / "lib.py").write_text(
+        "import torch\ncalls = []\n@torch.compile(backend='eager')\ndef step(x):\n    return x + 1\n"
+        "@torch.compiler.disable\ndef log(x):\n    calls.append(x)\n"
+    )
+    kernel = new_kernel(cwd=str(tmp_path))
+    kernel.ok("import typing, pickle, lib\nfrom lib import step, log\nId = typing.NewType('Id', int)")
+    kernel.ok(
+        "%%ddp --cpus 1\nassert step is lib.step\nlog(1)\nassert lib.calls == [1]\n"
+        "assert pickle.loads(pickle.dumps(Id)) is Id"
+    )
+
+
 def test_what_a_rank_writes_stays_there(kernel: Kernel) -> None:
     kernel.ok("import torch, numpy as np\nt, a = torch.zeros(1 << 20), np.zeros(1 << 20)")
     kernel.ok(
@@ -248,6 +291,10 @@ def test_workers_find_what_notebook_and_cell_define(kernel: Kernel, method: str)
     kernel.ok(
         "%%ddp --cpus 1\n"
         f"assert list(DataLoader(Squares(), num_workers=1, multiprocessing_context={method!r}))[3].item() == 9\n"
+        "import typing\nclass Item(typing.NamedTuple):\n    value: int\n"
+        "class Pairs(Squares):\n    def __getitem__(self, i): return Item(i)\ndef first(batch): return batch\n"
+        f"loader = DataLoader(Pairs(), num_workers=1, collate_fn=first, timeout=30, multiprocessing_context={method!r})\n"
+        "assert [(type(b[0]) is Item, b[0].value) for b in loader] == [(True, i) for i in range(4)]\n"
         "class Cubes(Squares):\n    def __getitem__(self, i): return helper(i)\ndef helper(i): return i ** 3\n"
         f"assert list(DataLoader(Cubes(), num_workers=1, multiprocessing_context={method!r}))[3].item() == 27\n"
         f"queue = mp.get_context({method!r}).SimpleQueue()\n"

@@ -68,10 +68,30 @@ def test_missing_on_one_rank(kernel: Kernel) -> None:
     reply = kernel.run("%%ddp --cpus 3 --gather c,b\nb = rank\nif rank != 1:\n    c = rank")
     assert reply.error == "ResultError"
     assert reply.message == (
-        "--gather c,b: the cell did not bind 'c' on rank 1. Nothing was assigned; %ddp results has the rest: b"
+        "--gather c,b: the cell did not bind 'c' on rank 1. Nothing was assigned; %ddp results has the rest: c, b"
     )
     assert kernel.get("a, b") == ("old", "old")
-    assert kernel.get("get_ipython().run_line_magic('ddp', 'results')") == {"b": [0, 1, 2]}
+    assert kernel.get("get_ipython().run_line_magic('ddp', 'results')") == {"c": {0: 0, 2: 2}, "b": [0, 1, 2]}
+
+
+def test_what_some_ranks_have_is_not_lost(kernel: Kernel) -> None:
+    reply = kernel.run("%%ddp --cpus 3 --gather c\nif rank != 1:\n    c = rank")
+    assert "did not bind 'c' on rank 1. Nothing was assigned; %ddp results has the rest: c" in reply.message
+    assert kernel.get("get_ipython().run_line_magic('ddp', 'results')") == {"c": {0: 0, 2: 2}}
+    kernel.ok(
+        "import nbddp, threading\ndef f():\n    import os\n"
+        "    return threading.Lock() if os.environ['RANK'] == '1' else os.environ['RANK']\n"
+        "try:\n    nbddp.launch(f, cpus=3)\nexcept nbddp.ResultError as error:\n    found = error.results"
+    )
+    assert kernel.get("found") == {0: "0", 2: "2"}
+
+
+def test_the_snapshot_is_not_kept(kernel: Kernel) -> None:
+    kernel.ok("import numpy as np, gc\na = np.ones((1 << 12, 1 << 12))[:, ::2]")
+    kernel.run("%%ddp --cpus 1\na\nraise ValueError")
+    kernel.ok("from nbddp._snapshot import Snapshot")
+    kernel.ok("held = [b for o in gc.get_objects() if type(o) is Snapshot for b in o.buffers]")
+    assert kernel.get("len(held)") == 0
 
 
 def test_what_cannot_be_loaded_in_the_notebook(kernel: Kernel) -> None:
