@@ -45,11 +45,11 @@ REFUSED: dict[str, tuple[str, str, str, str, str]] = {
         "a process group is a set of connections between processes",
         "Ranks have one already; make others inside the cell, with torch.distributed.new_group()",
     ),
-    "a dead weak reference": (
-        "import weakref\nclass C: pass\nx = weakref.ref(C())",
+    "a weak reference with a callback": (
+        "import weakref\nclass C: pass\nc = C()\nx = weakref.ref(c, print)",
         "x",
         "weakref.ReferenceType",
-        "what a weak reference pointed to is gone",
+        "what a weak reference calls is this process's",
         "Make it",
     ),
     "one whose reduce raises": (
