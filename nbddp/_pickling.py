@@ -32,7 +32,7 @@ from typing import Any
 
 import cloudpickle
 
-from nbddp import _reducers
+from nbddp import _arrays, _reducers, _tensors, _torch_objects
 from nbddp._reducers import Reducer, loading
 from nbddp._snapshot import Snapshot, Stream, map_file, unpickle
 
@@ -193,19 +193,19 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
             typing.NewType: self._reduce_new_type,
         }
         self._keep: list[Any] = []
-        self._families = _reducers.families()
+        self._families = [*_reducers.families(), *_torch_objects.families()]
         # Present but half imported, in another thread, is as good as absent: nothing can have made a tensor yet.
         torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
         if torch is not None and hasattr(torch, "UntypedStorage"):
-            storages = _reducers.StorageReducers(torch)
+            storages = _tensors.StorageReducers(torch)
             self._keep = storages.keep
-            self._families.append((torch.Tensor, _reducers.reduce_tensor))
+            self._families.append((torch.Tensor, _tensors.reduce_tensor))
             self._reducers.update(storages.table())
             wrapper = getattr(sys.modules.get("torch.nn.parallel"), "DistributedDataParallel", None)
             if wrapper is not None:
                 self._families.append((wrapper, self._reduce_wrapper))
         if numpy is not None and hasattr(numpy, "memmap"):
-            arrays = _reducers.ArrayReducer(numpy)
+            arrays = _arrays.ArrayReducer(numpy)
             self._families.append((numpy.ndarray, lambda a: arrays(a) if arrays.handles(type(a)) else NotImplemented))
 
     def snapshot(self, names: Mapping[str, Any]) -> Snapshot:
@@ -252,7 +252,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
         key = self._received.get(id(obj))
         if key is not None:
             return _senders_own, (key,)
-        again = _reducers.compiled_function(obj)
+        again = _torch_objects.compiled_function(obj)
         if again is not None:
             return self._reduce_named(obj, again)
         reduced = super().reducer_override(obj)
