@@ -35,13 +35,16 @@ class Captured:
     nbytes: int
 
 
-def capture(names: Mapping[str, Any], namespace: dict[str, Any], lines: Mapping[str, Sequence[int]]) -> Snapshot:
+def capture(
+    names: Mapping[str, Any], namespace: dict[str, Any], lines: Mapping[str, Sequence[int]], place: str = "the cell"
+) -> Snapshot:
     """Return a snapshot of `names`.
 
     Args:
         names: What the cell uses of the notebook.
         namespace: The notebook's whole namespace.
         lines: For each name, the lines of the cell that use it.
+        place: What the ranks run, for messages.
 
     Raises:
         CaptureError: A value cannot be pickled; names the part at fault.
@@ -52,8 +55,8 @@ def capture(names: Mapping[str, Any], namespace: dict[str, Any], lines: Mapping[
         for name, value in names.items():
             culprit = _failure(value, namespace)
             if culprit is not None:
-                raise _refusal(name, value, namespace, lines.get(name, ()), culprit) from error
-        raise CaptureError(f"cannot send what the cell uses to the ranks: {_reason(error)}") from error
+                raise _refusal(name, value, namespace, lines.get(name, ()), culprit, place) from error
+        raise CaptureError(f"cannot send what {place} uses to the ranks: {_reason(error)}") from error
 
 
 def explain_results(names: Mapping[str, Any], namespace: dict[str, Any]) -> dict[str, str]:
@@ -139,14 +142,16 @@ def _failure(value: Any, namespace: dict[str, Any]) -> Exception | None:
     return None
 
 
-def _refusal(name: str, value: Any, namespace: dict[str, Any], lines: Sequence[int], error: Exception) -> CaptureError:
+def _refusal(
+    name: str, value: Any, namespace: dict[str, Any], lines: Sequence[int], error: Exception, place: str
+) -> CaptureError:
     """Return the error for a name whose value cannot be pickled."""
     path, user, culprit, error = _culprit(name, value, namespace, error)
-    where = f", used on line {_listed(lines)} of the cell," if lines and not user else ""
+    where = f", used on {_listed(lines, 'line')} of {place}," if lines and not user else ""
     if user:
         where = f", which {user} uses,"
     return CaptureError(
-        f"cannot send '{path}' ({_type_of(culprit)}){where} to the ranks: {_reason(error)}. {_advice(error)}",
+        f"cannot send '{path}' ({_type_of(culprit)}){where} to the ranks: {_reason(error)}. {_advice(error, place)}",
         name=name,
         path=path,
         lines=tuple(lines),
@@ -186,7 +191,9 @@ def _type_of(obj: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.").removeprefix("__main__.")
 
 
-def _listed(lines: Sequence[int]) -> str:
+def _listed(lines: Sequence[int], what: str = "") -> str:
+    if what:
+        return f"{what}{'s' if len(lines) > 1 else ''} {_listed(lines)}"
     return ", ".join(str(line) for line in lines[:3]) + (" and others" if len(lines) > 3 else "")
 
 
@@ -203,8 +210,8 @@ def _reason(error: Exception) -> str:
     return text[0] if kind in ("TypeError", "PicklingError", "CannotSend") else f"{kind}: {text[0]}"
 
 
-def _advice(error: Exception) -> str:
-    return error.advice if isinstance(error, CannotSend) else "Make it inside the cell"
+def _advice(error: Exception, place: str) -> str:
+    return (error.advice if isinstance(error, CannotSend) else "Make it inside {place}").format(place=place)
 
 
 def _parts(obj: Any) -> Iterator[tuple[str, Any]]:

@@ -15,7 +15,8 @@ from nbddp._script import CALLER, Cell
 
 _Result = TypeVar("_Result")
 
-_CALL, _VALUE = "__nbddp_call__", "__nbddp_value__"
+# Names in the ranks' namespace that no variable can have, and that read well in messages.
+_VALUE = "return value"
 
 # One per process, shared with the magics: one launcher is enough.
 client = _client.Client()
@@ -54,6 +55,7 @@ def launch(
         A list with one entry per rank. Tensors come back on the CPU.
 
     Raises:
+        TypeError: `fn` cannot be called.
         ValueError: An argument cannot be.
         CaptureError: The function or an argument cannot be sent.
         LaunchError: The ranks could not be started.
@@ -61,6 +63,11 @@ def launch(
         RunTimeout: `timeout` passed.
         ResultError: A return value cannot be brought back; the others are in its `results`, by rank.
     """
+    if not callable(fn):
+        raise TypeError(
+            f"nbddp.launch: what to call, not {fn!r:.80} ({type(fn).__name__}). Pass the function itself and its "
+            "arguments after it: nbddp.launch(train, data), not nbddp.launch(train(data))"
+        )
     options = Options(
         gpus=gpus,
         cpus=cpus,
@@ -74,14 +81,18 @@ def launch(
     shell = _shell()
     if shell is not None:
         from nbddp import _magic
+    function = f"function {getattr(fn, '__name__', type(fn).__name__)}"
+    arguments = {f"argument {i}": argument for i, argument in enumerate(args)}
+    call = f"{_named(function)}({', '.join(map(_named, arguments))})"
     job = _job.Job(
-        cell=Cell(f"{_VALUE} = {_CALL}[0](*{_CALL}[1])", filename=CALLER, number=0),
-        names={_CALL: (fn, args)},
+        cell=Cell(f"{_named(_VALUE)} = {call}", filename=CALLER, number=0),
+        names={function: fn, **arguments},
         namespace=vars(sys.modules["__main__"]),
         options=options,
         wanted=Wanted(gather=(_VALUE,)),
         source_of=_magic.source_of(shell) if shell is not None else lambda _: None,
         colors=str(shell.colors) if shell is not None else "",
+        place="the function",
     )
     screen: Screen = _magic.screen_of(shell) if shell is not None else Terminal()
     try:
@@ -91,6 +102,10 @@ def launch(
         error.results = error.results.get(_VALUE, {})
         raise
     return results
+
+
+def _named(name: str) -> str:
+    return f"globals()[{name!r}]"
 
 
 def _shell() -> Any:

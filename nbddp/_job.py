@@ -60,6 +60,7 @@ class Job:
         colors: The notebook's traceback colours.
         grace: Seconds that ranks have to end after an interrupt.
         large: Bytes above which a line says how much is sent; None for never.
+        place: What messages call the code.
     """
 
     cell: Cell
@@ -73,6 +74,7 @@ class Job:
     colors: str = ""
     grace: float = GRACE_SECONDS
     large: float | None = None
+    place: str = "the cell"
 
 
 @dataclass
@@ -120,7 +122,7 @@ def dry_run(job: Job, client: _client.Client) -> str:
     with InterruptGate() as gate:
         devices = _devices.choose(job.options, env, lambda: _count_gpus(client, env, gate))
         with gate.open():
-            snapshot = _closure.capture(job.names, job.namespace, job.lines)
+            snapshot = _closure.capture(job.names, job.namespace, job.lines, job.place)
     if job.options.keep_script is not None:
         _export(_script(job, devices, snapshot), job.options.keep_script)
     options = torchrun_options(devices.ranks, job.options.max_restarts, _start_method(job, client))
@@ -155,7 +157,7 @@ class _Attempt:
         if changed := self.client.start(env):
             self.say(f"nbddp: {', '.join(changed)} changed, which torch reads when it loads; loading it anew")
         with gate.open():
-            closure = _closure.capture(job.names, job.namespace, job.lines)
+            closure = _closure.capture(job.names, job.namespace, job.lines, job.place)
         times["captured"] = time.monotonic()
         devices = _devices.choose(job.options, env, lambda: _count_gpus(self.client, env, gate))
         if job.wanted.device is not None:

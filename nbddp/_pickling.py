@@ -5,7 +5,7 @@
     notebook's names ──Pickler──> Snapshot ──write──> file ──mmap──> load ──> a rank's globals
     a rank's results ──Pickler──> Snapshot ──write──> file ──mmap──> load ──> a dict in the notebook
 
-The pickler is cloudpickle's with four additions:
+The pickler is cloudpickle's with five additions:
 
 - *One namespace.* Functions of the notebook keep sharing one ``globals()`` dictionary, the script's own, so that
   ``global counter`` works and a function sees a name that the cell rebinds.
@@ -13,6 +13,7 @@ The pickler is cloudpickle's with four additions:
   too, or ``pickle``, ``torch.save`` and spawned workers there would not find it in ``__main__``.
 - *Identity.* A class or function that came from the notebook goes back as a reference to the notebook's own, so that
   ``isinstance(model, Net)`` still holds of a model that comes back.
+- *One variable.* Functions that share a variable of the function that defined them go on sharing it.
 - *Buffers out of band.* Tensor storages, NumPy arrays and whatever else speaks pickle protocol 5 are not copied into
   the stream but written beside it, and mapped where they are read: one copy in memory for any number of ranks. The
   mapping is private, so a rank that writes gets a page of its own. (``torch.save`` does this for tensors alone, and
@@ -75,12 +76,12 @@ def load_file(path: str, target: Target) -> None:
     load(map_file(path), target)
 
 
-def load(data: memoryview, target: Target) -> None:
+def load(data: memoryview, target: Target, build: Callable[[memoryview], object] = unpickle) -> None:
     """Load a snapshot into `target`. `data` must be writable: arrays and tensors share its memory."""
     previous = getattr(loading, "target", None)
     loading.target = target
     try:
-        unpickle(data)
+        build(data)
     finally:
         loading.target = previous
     target.reading = None
@@ -164,6 +165,39 @@ def _shared_globals() -> dict[str, Any]:
     return shared
 
 
+class _Cell:
+    """Stands for a cell, the variable of a function that functions in it share, without its content."""
+
+    def __init__(self, cell: types.CellType) -> None:
+        self.cell = cell  # alive, or its id might become another's
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return types.CellType, ()
+
+
+class _Unbound:
+    """The content of an empty cell. Goes by name."""
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not bound yet
+        return _Unbound
+
+
+def _fill(cell: types.CellType, content: Any) -> None:
+    if content is not _Unbound:
+        cell.cell_contents = content
+
+
+def _set_function_state(function: types.FunctionType, state: tuple[Any, ...]) -> None:
+    cells, contents, rest = state
+    for cell, content in zip(cells, contents, strict=True):
+        _fill(cell, content)
+    cloudpickle.cloudpickle._function_setstate(function, rest)
+
+
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is untyped
     """Makes a Snapshot of names. One use each.
 
@@ -179,6 +213,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
         self.met: list[Any] = []
         self._received = {id(obj): key for key, obj in (received or {}).items()}
         self._buffers: list[memoryview] = []
+        self._cells: dict[int, _Cell] = {}
         self._sources: set[str] = set()
         self._unwrapped: list[str] = []
         self._begun: list[tuple[str, int]] = []
@@ -189,6 +224,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
         self._reducers: dict[type, Reducer] = {
             **_reducers.plain(),
             types.CodeType: self._reduce_code,
+            types.CellType: self._reduce_cell,
             functools._lru_cache_wrapper: self._reduce_cached_function,
             typing.NewType: self._reduce_new_type,
         }
@@ -204,6 +240,9 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
             wrapper = getattr(sys.modules.get("torch.nn.parallel"), "DistributedDataParallel", None)
             if wrapper is not None:
                 self._families.append((wrapper, self._reduce_wrapper))
+            if (module := getattr(sys.modules.get("torch.nn"), "Module", None)) is not None:
+                # Last: wrappers and scripts are modules, too.
+                self._families.append((module, _torch_objects.parametrized_module))
         if numpy is not None and hasattr(numpy, "memmap"):
             arrays = _arrays.ArrayReducer(numpy)
             self._families.append((numpy.ndarray, lambda a: arrays(a) if arrays.handles(type(a)) else NotImplemented))
@@ -249,6 +288,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
 
     def _reduce_definition(self, obj: Any) -> Any:
         """Reduce a function or a class."""
+        kind = type(obj)
         key = self._received.get(id(obj))
         if key is not None:
             return _senders_own, (key,)
@@ -259,10 +299,35 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
         # A tuple of two is a reference in disguise, such as that of NoneType; of six, the object by value.
         if reduced is not NotImplemented and len(reduced) > 2:
             self.met.append(obj)
+            if kind is types.FunctionType and obj.__closure__:
+                reduced = self._with_cells(obj, reduced)
             # Named tuples bring their own.
             if isinstance(obj, type) and "__slots__" in vars(obj) and not issubclass(obj, tuple):
                 reduced = _with_slots(obj, reduced)
         return reduced
+
+    def _with_cells(self, function: types.FunctionType, reduced: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Have functions go on sharing variables of the function that made them; cloudpickle gives each its own."""
+        make, (code, space, name, defaults, _), (state, slots), *others, _ = reduced
+        cells = tuple(map(self._cell, function.__closure__ or ()))
+        # The cells are made before the function and filled after it: it may be in one of them.
+        contents = tuple(map(_content, function.__closure__ or ()))
+        slots = {**slots, "__closure__": None}
+        return (
+            make,
+            (code, space, name, defaults, cells),
+            (cells, contents, (state, slots)),
+            *others,
+            _set_function_state,
+        )
+
+    def _cell(self, cell: types.CellType) -> _Cell:
+        """Return one and the same object for one and the same cell, so that the pickler's memo knows it again."""
+        return self._cells.setdefault(id(cell), _Cell(cell))
+
+    def _reduce_cell(self, cell: types.CellType) -> Any:
+        """Reduce a cell that is no function's, or was met before its functions."""
+        return _reducers.identity, (self._cell(cell),), _content(cell), None, None, _fill
 
     def _reduce_cached_function(self, function: Any) -> Any:
         parameters = function.cache_parameters()

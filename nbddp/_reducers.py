@@ -27,7 +27,7 @@ class CannotSend(TypeError):  # noqa: N818  # said to the pickler, which passes 
 
     Attributes:
         obj: The object.
-        advice: What to do instead.
+        advice: What to do instead, with ``{place}`` for what the ranks run.
     """
 
     def __init__(self, obj: Any, reason: str, advice: str) -> None:
@@ -48,8 +48,8 @@ def refuser(reason: str, advice: str) -> Reducer:
     return refuse
 
 
-_OPEN_FILE = refuser("an open file stays with its process", "Open it inside the cell")
-_GENERATOR = refuser("what a generator has yet to do cannot be copied", "Make it inside the cell, or send a list")
+_OPEN_FILE = refuser("an open file stays with its process", "Open it inside {place}")
+_GENERATOR = refuser("what a generator has yet to do cannot be copied", "Make it inside {place}, or send a list")
 
 
 def _reduce_text_file(file: Any) -> Any:
@@ -73,7 +73,7 @@ def _make_cached_property(function: Callable[..., Any], name: str | None) -> Any
 
 def _reduce_weak_reference(reference: Any) -> Any:
     if reference.__callback__ is not None:
-        raise CannotSend(reference, "what a weak reference calls is this process's", "Make it inside the cell")
+        raise CannotSend(reference, "what a weak reference calls is this process's", "Make it inside {place}")
     return _make_weak, (weakref.ref, reference())
 
 
@@ -107,7 +107,7 @@ def plain() -> dict[type, Reducer]:
         io.FileIO: _OPEN_FILE,
         types.GeneratorType: _GENERATOR,
         types.AsyncGeneratorType: _GENERATOR,
-        types.CoroutineType: refuser("a coroutine that was begun cannot be copied", "Call it inside the cell"),
+        types.CoroutineType: refuser("a coroutine that was begun cannot be copied", "Call it inside {place}"),
     }
 
 
@@ -129,6 +129,6 @@ def families_of(*entries: tuple[str, str, Reducer]) -> list[tuple[type, Reducer]
 def families() -> list[tuple[type, Reducer]]:
     """Return the reducers for types of Python's own and all their subclasses."""
     return families_of(
-        ("threading", "Thread", refuser("a thread runs in its process", "Start it inside the cell")),
-        ("multiprocessing.process", "BaseProcess", refuser("a process is its parent's", "Start it inside the cell")),
+        ("threading", "Thread", refuser("a thread runs in its process", "Start it inside {place}")),
+        ("multiprocessing.process", "BaseProcess", refuser("a process is its parent's", "Start it inside {place}")),
     )

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nbddp import _closure
+from nbddp import _closure, _salvage
 from nbddp._errors import ResultError
 from nbddp._paths import RunDir
 from nbddp._pickling import Pickler, Target, load_file
@@ -24,7 +24,7 @@ class Wanted:
         out: Names from rank 0.
         gather: Names from every rank, as lists by rank.
         device: The device that all tensors are put on; None for the CPU.
-        asked: How the user has asked for it, for messages.
+        asked: How the user of the magic has asked for it, for messages.
     """
 
     out: tuple[str, ...] = ()
@@ -96,15 +96,9 @@ def read(wanted: Wanted, reports: Mapping[int, Mapping[str, Any]], sent: Sequenc
         problems |= dict.fromkeys(report.get("bad_results", {}).values())
         loaded[rank] = {}
         if "results" in report:
-            target = Target(loaded[rank], _own_globals(), sender_has=sent, all_to=wanted.device)
-            if wanted.device is not None and wanted.device.startswith("cuda"):
-                target.device = wanted.device
-            try:
-                load_file(report["results"], target)
-            except Exception as error:
-                name = target.reading
-                problems[f"{name!r} came back, but cannot be loaded here: {type(error).__name__}: {error}"] = None
-                loaded[rank].pop(name or "", None)
+            loaded[rank], reasons = _load(report["results"], wanted.device, sent)
+            for name, reason in reasons.items():
+                problems[f"{name!r} came back, but cannot be loaded here: {reason}"] = None
     results = {name: loaded[0][name] for name in wanted.out if name in loaded[0]}
     for name in wanted.gather:
         by_rank = {rank: loaded[rank][name] for rank in ranks if name in loaded[rank]}
@@ -117,10 +111,28 @@ def read(wanted: Wanted, reports: Mapping[int, Mapping[str, Any]], sent: Sequenc
     return results
 
 
+def _load(path: str, device: str | None, sent: Sequence[Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Load the results of a rank, and return them, and why there are not more."""
+
+    def target() -> Target:
+        target = Target({}, _own_globals(), sender_has=sent, all_to=device)
+        if device is not None and device.startswith("cuda"):
+            target.device = device
+        return target
+
+    try:
+        load_file(path, whole := target())
+    except Exception:
+        reasons = _salvage.salvage(path, some := target())
+        return some.namespace, reasons
+    return whole.namespace, {}
+
+
 def _message(wanted: Wanted, problems: Sequence[str], there: Sequence[str]) -> str:
+    if not wanted.asked:
+        return "; ".join(problems)
     rest = f"; %ddp results has the rest: {', '.join(there)}" if there else ""
-    what = f"{wanted.asked}: " if wanted.asked else ""
-    return f"{what}{'; '.join(problems)}. Nothing was assigned{rest}"
+    return f"{wanted.asked}: {'; '.join(problems)}. Nothing was assigned{rest}"
 
 
 def _own_globals() -> dict[str, Any]:

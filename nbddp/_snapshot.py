@@ -152,6 +152,20 @@ def map_file(path: str) -> memoryview:
         return memoryview(mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE))
 
 
+def parts(data: memoryview) -> tuple[memoryview, list[memoryview]]:
+    """Return the pickle stream of a snapshot and its buffers.
+
+    Raises:
+        ValueError: It is no snapshot.
+    """
+    magic, size, count = _HEAD.unpack_from(data)
+    if magic != _MAGIC:
+        raise ValueError("this is no nbddp snapshot, or one of another version")
+    start = _HEAD.size + _SPAN.size * count
+    spans = [_SPAN.unpack_from(data, _HEAD.size + _SPAN.size * i) for i in range(count)]
+    return data[start : start + size], [data[at : at + length] for at, length in spans]
+
+
 def unpickle(data: memoryview) -> None:
     """Unpickle a snapshot for what its objects do when they are built; see `nbddp._pickling.load`.
 
@@ -162,9 +176,5 @@ def unpickle(data: memoryview) -> None:
         ValueError: It is no snapshot.
         Exception: Whatever unpickling raises.
     """
-    magic, size, count = _HEAD.unpack_from(data)
-    if magic != _MAGIC:
-        raise ValueError("this is no nbddp snapshot, or one of another version")
-    start = _HEAD.size + _SPAN.size * count
-    spans = [_SPAN.unpack_from(data, _HEAD.size + _SPAN.size * i) for i in range(count)]
-    pickle.loads(data[start : start + size], buffers=[data[at : at + length] for at, length in spans])
+    stream, buffers = parts(data)
+    pickle.loads(stream, buffers=buffers)

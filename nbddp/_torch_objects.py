@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +17,7 @@ def families() -> list[tuple[type, Reducer]]:
     return families_of(
         ("torch.utils.data.dataloader", "_BaseDataLoaderIter", _LOADER_ITERATOR),
         ("torch.utils.data.dataloader", "DataLoader", _reduce_loader),
+        ("torch.optim.optimizer", "Optimizer", _reduce_optimizer),
         ("torch.jit", "ScriptModule", _reduce_script),
         ("torch.jit", "ScriptFunction", _reduce_script),
         ("torch._C._distributed_c10d", "ProcessGroup", _PROCESS_GROUP),
@@ -26,7 +29,7 @@ def families() -> list[tuple[type, Reducer]]:
 
 _LOADER_ITERATOR = refuser(
     "an iterator over a DataLoader has workers and a position of its own",
-    "Send the DataLoader, and call iter() inside the cell",
+    "Send the DataLoader, and call iter() inside {place}",
 )
 
 
@@ -38,11 +41,81 @@ def _reduce_loader(loader: Any) -> Any:
     return make, args, {**state, "_iterator": None}, *rest
 
 
+# What an optimizer makes for itself; `step` is there when a learning-rate scheduler has wrapped it.
+_OPTIMIZERS_OWN = ("step", "_zero_grad_profile_name")
+
+
+def _reduce_optimizer(optimizer: Any) -> Any:
+    import torch
+
+    torchs: Any = torch.optim.Optimizer.__getstate__
+    if type(optimizer).__getstate__ is not torchs:
+        return NotImplemented
+    # torch's own leaves out hooks, what a subclass has added, and that a scheduler counts its steps.
+    make, args, state, *_ = optimizer.__reduce_ex__(5)
+    attributes = {name: value for name, value in vars(optimizer).items() if name not in _OPTIMIZERS_OWN}
+    counted = hasattr(vars(optimizer).get("step"), "_wrapped_by_lr_sched")
+    return make, args, ({**attributes, **state}, counted), None, None, _set_optimizer_state
+
+
+def _set_optimizer_state(optimizer: Any, state: tuple[dict[str, Any], bool]) -> None:
+    attributes, counted = state
+    optimizer.__setstate__(attributes)
+    if counted:
+        _count_steps(optimizer)
+
+
+def _count_steps(optimizer: Any) -> None:
+    """Wrap `optimizer.step` as a learning-rate scheduler does, which warns when it does not find its wrapper."""
+    step = type(optimizer).step
+    reference = weakref.ref(optimizer)
+
+    @functools.wraps(step)
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        own: Any = reference()
+        own._opt_called = True
+        return step(own, *args, **kwargs)
+
+    counted._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    optimizer.step = counted
+
+
+def parametrized_module(module: Any) -> Any:
+    """Return what makes a module of ``torch.nn.utils.parametrize`` again, which refuses to be pickled itself.
+
+    It has a class of its own, with a property for each parametrized tensor. NotImplemented for any other module.
+    """
+    if "parametrizations" not in vars(module).get("_modules", ()):
+        return NotImplemented
+    from torch.nn.utils import parametrize
+
+    kind = type(module)
+    if not parametrize.is_parametrized(module) or not _makes_classes(parametrize):
+        return NotImplemented
+    return _make_parametrized, (kind.__base__, tuple(module.parametrizations)), vars(module)
+
+
+def _makes_classes(parametrize: Any) -> bool:
+    return hasattr(parametrize, "_inject_new_class") and hasattr(parametrize, "_inject_property")
+
+
+def _make_parametrized(kind: Any, names: tuple[str, ...]) -> Any:
+    import torch
+    from torch.nn.utils import parametrize
+
+    module = kind.__new__(kind)
+    torch.nn.Module.__init__(module)
+    parametrize._inject_new_class(module)
+    for name in names:
+        parametrize._inject_property(module, name)
+    return module
+
+
 _PROCESS_GROUP = refuser(
     "a process group is a set of connections between processes",
-    "Ranks have one already; make others inside the cell, with torch.distributed.new_group()",
+    "Ranks have one already; make others inside {place}, with torch.distributed.new_group()",
 )
-_CUDA_CONTEXT = refuser("it belongs to this process's work on its GPU", "Make it inside the cell")
+_CUDA_CONTEXT = refuser("it belongs to this process's work on its GPU", "Make it inside {place}")
 
 
 def compiled_function(function: Any) -> Any:

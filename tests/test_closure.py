@@ -271,7 +271,7 @@ def test_the_culprit_is_named(value: Any, path: str, kind: str) -> None:
     with pytest.raises(CaptureError) as caught:
         capture({"fine": 1, "x": value}, {}, {"x": [4, 7]})
     error = caught.value
-    assert str(error).startswith(f"cannot send '{path}' ({kind}), used on line 4, 7 of the cell, to the ranks: ")
+    assert str(error).startswith(f"cannot send '{path}' ({kind}), used on lines 4, 7 of the cell, to the ranks: ")
     assert (error.name, error.path, error.lines) == ("x", path, (4, 7))
 
 

@@ -61,8 +61,23 @@ def test_in_a_notebook(kernel: Kernel) -> None:
     [
         ("nbddp.launch(print, cpus=0)", "OptionError", "a run has at least one rank"),
         ("nbddp.launch(print, cpus=1, env={'A': 1})", "OptionError", "--env A=1: names and values are strings"),
-        ("nbddp.launch(__import__('threading').Lock, cpus=1)", "ResultError", "cannot bring back"),
-        ("nbddp.launch(print, open('/dev/null', 'w'), cpus=1)", "CaptureError", "_io.TextIOWrapper"),
+        ("nbddp.launch(__import__('threading').Lock, cpus=1)", "ResultError", "cannot bring back 'return value' ("),
+        (
+            "nbddp.launch(print, 1, [open('/dev/null', 'w')], cpus=1)",
+            "CaptureError",
+            "cannot send 'argument 1[0]' (_io.TextIOWrapper) to the ranks: an open file stays with its process. "
+            "Open it inside the function",
+        ),
+        (
+            "nbddp.launch((lambda f: lambda: f)(open('/dev/null')), cpus=1)",
+            "CaptureError",
+            "cannot send 'function <lambda>.<closure>.f' (",
+        ),
+        (
+            "nbddp.launch(print(), cpus=1)",
+            "TypeError",
+            "what to call, not None (NoneType). Pass the function itself and its arguments after it",
+        ),
     ],
 )
 def test_what_cannot_be(kernel: Kernel, call: str, error: str, message: str) -> None:

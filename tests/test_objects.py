@@ -46,6 +46,15 @@ DEFINITIONS: dict[str, tuple[str, str]] = {
         "add, square = adder(10), lambda x: x * x",
         "assert (add(1), add(1), square(3)) == (11, 22, 9)",
     ),
+    "closures that share a variable": (
+        "def account():\n    total, calls = 0, []\n    def add(x):\n        nonlocal total\n        total += x\n        calls.append(read)\n"
+        "        return read()\n    def read(): return total\n    def later(): return early\n    missing = later\n"
+        "    return add, read, later\n    early = 1\nadd, read, later = account()\nadd(1)\ncell = read.__closure__[0]\n"
+        "fact = (lambda: [f := lambda n: 1 if n < 2 else n * f(n - 1)][0])()",
+        "assert (add(5), read(), read.__closure__[0] is cell, cell.cell_contents) == (6, 6, True, 6)\n"
+        "assert fact(5) == 120 and add.__closure__[0].cell_contents[0] is read\n"
+        "try:\n    later()\nexcept NameError as error:\n    assert 'early' in str(error)\nelse:\n    assert False",
+    ),
     "decorators": (
         "import functools\ndef twice(f):\n    @functools.wraps(f)\n    def g(*a):\n        return f(*a) * 2\n    return g\n"
         "@twice\ndef one(): return 1\n@functools.singledispatch\ndef kind(x): return 'any'\n@kind.register\n"
@@ -236,6 +245,44 @@ def test_weak_references_and_streams(kernel: Kernel) -> None:
         "import nbddp\nwith contextlib.redirect_stdout(io.StringIO()):\n    read = nbddp.launch(text.read, cpus=1)"
     )
     assert kernel.get("read") == ["abc"]
+
+
+def test_an_optimizer_with_a_scheduler_and_hooks(kernel: Kernel) -> None:
+    kernel.ok(
+        "import torch\nclass Warm(torch.optim.SGD):\n    def __init__(self, *a, **k):\n        super().__init__(*a, **k)\n        self.warm = 3\n"
+        "p = torch.nn.Parameter(torch.ones(2))\nopt = Warm([p], lr=0.5)\nseen = []\n"
+        "_ = opt.register_step_post_hook(lambda *_: seen.append(1))\nsch = torch.optim.lr_scheduler.StepLR(opt, 1)"
+    )
+    kernel.ok(
+        "%%ddp --cpus 2 --no-init --out opt,sch,p\n"
+        "import warnings\nwarnings.simplefilter('error')\nfor _ in range(2):\n    p.grad = torch.ones(2)\n    opt.step()\n    sch.step()\n"
+        "assert (opt.warm, seen, sch.optimizer is opt) == (3, [1, 1], True)\nassert abs(opt.param_groups[0]['lr'] - 0.005) < 1e-9"
+    )
+    kernel.ok(
+        "opt.step()\nsch.step()\nassert (opt.warm, sch.optimizer is opt, opt.param_groups[0]['params'][0] is p) == (3, True, True)"
+    )
+
+
+def test_parametrized_modules(kernel: Kernel) -> None:
+    kernel.ok(
+        "import torch\nfrom torch.nn.utils import parametrize, parametrizations as ps\nclass Symmetric(torch.nn.Module):\n"
+        "    def forward(self, x): return x.triu() + x.triu(1).T\n"
+        "net = torch.nn.Sequential(ps.weight_norm(torch.nn.Linear(3, 3)), ps.orthogonal(torch.nn.Linear(3, 3)))\n"
+        "parametrize.register_parametrization(net[1], 'bias', torch.nn.Identity())\n"
+        "own = torch.nn.Linear(3, 3)\nparametrize.register_parametrization(own, 'weight', Symmetric())\n"
+        "x = torch.ones(2, 3)\nwith torch.no_grad(): y = own(net(x))"
+    )
+    kernel.ok(
+        "%%ddp --cpus 2 --out net\n"
+        "z = own(net(x))\nassert torch.equal(y, z) and parametrize.is_parametrized(net[1], 'bias')\n"
+        "ddp = torch.nn.parallel.DistributedDataParallel(torch.nn.Sequential(net, own))\n"
+        "torch.optim.SGD(ddp.parameters(), lr=0.1).zero_grad()\nddp(x).sum().backward()\n"
+        "assert net[0].parametrizations.weight.original0.grad is not None\n"
+        "parametrize.remove_parametrizations(own, 'weight')\nassert type(own) is torch.nn.Linear"
+    )
+    kernel.ok(
+        "with torch.no_grad(): assert torch.allclose(own(net(x)), y)\nassert type(net[0]).__name__ == 'ParametrizedLinear'"
+    )
 
 
 def test_a_loader_with_persistent_workers_that_was_used(kernel: Kernel) -> None:

@@ -105,6 +105,46 @@ def test_what_cannot_be_loaded_in_the_notebook(kernel: Kernel) -> None:
     assert kernel.get("a, bad") == ("old", "old")
 
 
+SOME_BAD = """%%ddp --cpus 1 --out stated,early,unhashed,inside,shared,late,big,net
+import torch
+def explode(*args): raise OSError('only there')
+class Bad:
+    def __reduce__(self): return explode, (1,)
+class Stated:
+    def __setstate__(self, state): raise KeyError(state['x'])
+class Unhashed:
+    def __init__(self): self.x = 1
+    def __hash__(self): return hash(self.x)
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(2, 2)
+common = [1, 2]
+stated = Stated()
+stated.x = common
+early, unhashed, inside = Bad(), {Unhashed()}, {'deep': [(Bad(), common)]}
+unhashed.pop().me = unhashed
+late, big, net = [common], torch.ones(1 << 18), Net()
+shared = [inside['deep'], common]
+"""
+
+
+def test_what_can_be_loaded_is_left_over(kernel: Kernel) -> None:
+    reply = kernel.run(SOME_BAD)
+    assert reply.error == "ResultError"
+    for name, why in (("stated", "KeyError: [1, 2]"), ("early", "OSError: only there"), ("inside", "OSError")):
+        assert f"'{name}' came back, but cannot be loaded here: {why}" in reply.message
+    assert "'shared' came back, but cannot be loaded here: it holds what" in reply.message
+    assert "%ddp results has the rest: unhashed, late, big, net" in reply.message
+    kernel.ok("rest = get_ipython().run_line_magic('ddp', 'results')")
+    assert kernel.get("sorted(rest), rest['late'], rest['big'].sum().item()") == (
+        ["big", "late", "net", "unhashed"],
+        [[1, 2]],
+        float(1 << 18),
+    )
+    assert kernel.get("list(rest['net'].layer(rest['big'][:2]).shape)") == [2]
+
+
 def test_nothing_is_assigned_when_the_run_fails(kernel: Kernel) -> None:
     kernel.ok("a = 'old'")
     reply = kernel.run("%%ddp --cpus 2 --out a\na = 'new'\nif rank == 1:\n    raise ValueError('late')")
