@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from nbddp import _torch_objects
 from nbddp._errors import CaptureError
 from nbddp._paths import format_size
 from nbddp._pickling import Pickler, goes_by_name
@@ -271,7 +272,9 @@ def _global_names(code: types.CodeType) -> Iterator[str]:
 def _attributes(obj: Any) -> Iterator[tuple[str, Any]]:
     state = None
     try:
-        state = obj.__getstate__() if hasattr(obj, "__getstate__") else vars(obj)
+        state = _torch_objects.state_of(obj)
+        if state is None:
+            state = obj.__getstate__() if hasattr(obj, "__getstate__") else vars(obj)
     except Exception:  # its own trouble: then it is itself the culprit
         return
     if isinstance(state, tuple) and len(state) == 2:  # (__dict__, slots)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -65,8 +66,8 @@ def launch(
     """
     if not callable(fn):
         raise TypeError(
-            f"nbddp.launch: what to call, not {fn!r:.80} ({type(fn).__name__}). Pass the function itself and its "
-            "arguments after it: nbddp.launch(train, data), not nbddp.launch(train(data))"
+            f"nbddp.launch(fn): fn is {_shown(fn)}, which cannot be called. Pass the function itself and its arguments "
+            "after it: nbddp.launch(train, data), not nbddp.launch(train(data))"
         )
     options = Options(
         gpus=gpus,
@@ -81,7 +82,7 @@ def launch(
     shell = _shell()
     if shell is not None:
         from nbddp import _magic
-    function = f"function {getattr(fn, '__name__', type(fn).__name__)}"
+    function = f"function {fn.__name__}" if isinstance(fn, types.FunctionType) else "fn"
     arguments = {f"argument {i}": argument for i, argument in enumerate(args)}
     call = f"{_named(function)}({', '.join(map(_named, arguments))})"
     job = _job.Job(
@@ -102,6 +103,15 @@ def launch(
         error.results = error.results.get(_VALUE, {})
         raise
     return results
+
+
+def _shown(obj: Any) -> str:
+    """Return an object and its type in a few words."""
+    try:
+        text = " ".join(repr(obj).split())
+    except Exception:
+        return f"of type {type(obj).__name__}"
+    return f"{text[:60]}{'…' if len(text) > 60 else ''} ({type(obj).__name__})"
 
 
 def _named(name: str) -> str:

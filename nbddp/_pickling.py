@@ -136,7 +136,7 @@ def _reading(name: str) -> str:
     return name
 
 
-class _Store:
+class Store:
     """Receives the items of a snapshot as it is loaded."""
 
     def __init__(self, target: Target) -> None:
@@ -149,8 +149,8 @@ class _Store:
             self._target.received[key] = value
 
 
-def _begin() -> _Store:
-    return _Store(loading.target)
+def _begin() -> Store:
+    return Store(loading.target)
 
 
 class _SharedGlobals:
@@ -189,6 +189,10 @@ def _content(cell: types.CellType) -> Any:
 def _fill(cell: types.CellType, content: Any) -> None:
     if content is not _Unbound:
         cell.cell_contents = content
+
+
+def _fill_alone(cell: types.CellType, state: tuple[Any]) -> None:
+    _fill(cell, *state)
 
 
 def _set_function_state(function: types.FunctionType, state: tuple[Any, ...]) -> None:
@@ -242,7 +246,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
                 self._families.append((wrapper, self._reduce_wrapper))
             if (module := getattr(sys.modules.get("torch.nn"), "Module", None)) is not None:
                 # Last: wrappers and scripts are modules, too.
-                self._families.append((module, _torch_objects.parametrized_module))
+                self._families.append((module, _torch_objects.reduce_module))
         if numpy is not None and hasattr(numpy, "memmap"):
             arrays = _arrays.ArrayReducer(numpy)
             self._families.append((numpy.ndarray, lambda a: arrays(a) if arrays.handles(type(a)) else NotImplemented))
@@ -295,6 +299,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
         again = _torch_objects.compiled_function(obj)
         if again is not None:
             return self._reduce_named(obj, again)
+        if kind is type and (again := _torch_objects.parametrized_class(obj)) is not None:
+            return again
         reduced = super().reducer_override(obj)
         # A tuple of two is a reference in disguise, such as that of NoneType; of six, the object by value.
         if reduced is not NotImplemented and len(reduced) > 2:
@@ -327,7 +333,8 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
 
     def _reduce_cell(self, cell: types.CellType) -> Any:
         """Reduce a cell that is no function's, or was met before its functions."""
-        return _reducers.identity, (self._cell(cell),), _content(cell), None, None, _fill
+        # In a tuple: pickle would take None for no state.
+        return _reducers.identity, (self._cell(cell),), (_content(cell),), None, None, _fill_alone
 
     def _reduce_cached_function(self, function: Any) -> Any:
         parameters = function.cache_parameters()

@@ -87,18 +87,21 @@ def read(wanted: Wanted, reports: Mapping[int, Mapping[str, Any]], sent: Sequenc
             have as a dictionary by rank.
     """
     ranks = [rank for rank in sorted(reports) if wanted.of_rank(rank)]
-    problems: dict[str, None] = {}
+    # What is the matter, and on which ranks.
+    problems: dict[str, list[int]] = {}
     loaded: dict[int, dict[str, Any]] = {}
     for rank in ranks:
         report = reports[rank]
-        if missing := report.get("missing_results"):
-            problems[f"the cell did not bind {', '.join(map(repr, missing))} on rank {rank}"] = None
-        problems |= dict.fromkeys(report.get("bad_results", {}).values())
+        told = [f"the cell did not bind {name!r}" for name in report.get("missing_results", ())]
+        told += report.get("bad_results", {}).values()
         loaded[rank] = {}
         if "results" in report:
-            loaded[rank], reasons = _load(report["results"], wanted.device, sent)
-            for name, reason in reasons.items():
-                problems[f"{name!r} came back, but cannot be loaded here: {reason}"] = None
+            names = [name for name in wanted.of_rank(rank) if name not in report["missing_results"]]
+            names = [name for name in names if name not in report["bad_results"]]
+            loaded[rank], reasons = _load(report["results"], names, wanted.device, sent)
+            told += [f"{name!r} came back, but cannot be loaded here: {why}" for name, why in reasons.items()]
+        for problem in dict.fromkeys(told):
+            problems.setdefault(problem, []).append(rank)
     results = {name: loaded[0][name] for name in wanted.out if name in loaded[0]}
     for name in wanted.gather:
         by_rank = {rank: loaded[rank][name] for rank in ranks if name in loaded[rank]}
@@ -107,30 +110,46 @@ def read(wanted: Wanted, reports: Mapping[int, Mapping[str, Any]], sent: Sequenc
         elif by_rank:
             results[name] = by_rank
     if problems:
-        raise ResultError(_message(wanted, list(problems), list(results)), results=results)
+        told = [f"{problem}{_where(of, ranks)}" for problem, of in problems.items()]
+        raise ResultError(_message(wanted, told, list(results)), results=results)
     return results
 
 
-def _load(path: str, device: str | None, sent: Sequence[Any]) -> tuple[dict[str, Any], dict[str, str]]:
-    """Load the results of a rank, and return them, and why there are not more."""
-
-    def target() -> Target:
-        target = Target({}, _own_globals(), sender_has=sent, all_to=device)
-        if device is not None and device.startswith("cuda"):
-            target.device = device
-        return target
-
+def _load(
+    path: str, names: Sequence[str], device: str | None, sent: Sequence[Any]
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Load these results of a rank, and return those that there are, and for the others why not."""
+    target = _target(device, sent)
     try:
-        load_file(path, whole := target())
+        load_file(path, target)
+        return target.namespace, {}
+    except Exception as error:
+        why = f"{type(error).__name__}: {error}"
+    # Now nothing holds what was loaded so far; it is about to be loaded again.
+    target = _target(device, sent)
+    try:
+        reasons = _salvage.salvage(path, target)
     except Exception:
-        reasons = _salvage.salvage(path, some := target())
-        return some.namespace, reasons
-    return whole.namespace, {}
+        return {}, dict.fromkeys(names, why)
+    return target.namespace, {name: reasons.get(name, why) for name in names if name not in target.namespace}
+
+
+def _target(device: str | None, sent: Sequence[Any]) -> Target:
+    target = Target({}, _own_globals(), sender_has=sent, all_to=device)
+    if device is not None and device.startswith("cuda"):
+        target.device = device
+    return target
+
+
+def _where(of: Sequence[int], ranks: Sequence[int]) -> str:
+    if list(of) == list(ranks):
+        return "" if len(of) == 1 else " on every rank"
+    return f" on {'rank' if len(of) == 1 else 'ranks'} {', '.join(map(str, of))}"
 
 
 def _message(wanted: Wanted, problems: Sequence[str], there: Sequence[str]) -> str:
     if not wanted.asked:
-        return "; ".join(problems)
+        return "; ".join(problems) + ("; the error's results have the others" if there else "")
     rest = f"; %ddp results has the rest: {', '.join(there)}" if there else ""
     return f"{wanted.asked}: {'; '.join(problems)}. Nothing was assigned{rest}"
 

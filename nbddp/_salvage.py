@@ -1,25 +1,20 @@
-"""What can still be had of a snapshot of which a part cannot be loaded: the names that do not hold that part.
+"""What can still be had of a snapshot of which a part cannot be loaded: the names that do not depend on that part.
 
-The C unpickler stops at the first exception. This one, Python's own, goes on: what failed is replaced by a mark, and
-afterwards each name is searched for marks. Slow, and what loads is built a second time; so only after a failure.
+The C unpickler stops at the first exception. This one, Python's own, goes on: a mark takes the place of what could not
+be made. It also notes, as it goes, which object was made from which others, so that afterwards it is known which names
+have a mark in them or anything that was computed from one. (The objects themselves do not tell: not every type lets
+what it refers to be listed.) Slow, and what loads is built a second time; so only after a failure.
 """
 
 from __future__ import annotations
 
-import builtins
-import gc
 import io
 import pickle
-import types
 from collections.abc import Callable, Iterable
 from typing import Any, ClassVar
 
-from nbddp._pickling import Target, goes_by_name, load
+from nbddp._pickling import Store, Target, load
 from nbddp._snapshot import map_file, parts
-
-
-class _Broken:
-    """The mark: stands where an object could not be made."""
 
 
 def salvage(path: str, target: Target) -> dict[str, str]:
@@ -33,120 +28,164 @@ def salvage(path: str, target: Target) -> dict[str, str]:
         For each other name, why it is not.
     """
     errors: dict[str, str] = {}
-    broken: list[Any] = []
 
     def failed(error: Exception) -> None:
         errors.setdefault(target.reading or "", f"{type(error).__name__}: {error}")
 
+    unpicklers = []
+
     def unpickle(data: memoryview) -> None:
         stream, buffers = parts(data)
-        _Unpickler(bytes(stream), buffers, broken, failed).load()
+        unpicklers.append(_Unpickler(bytes(stream), buffers, failed))
+        unpicklers[0].load()
 
     load(map_file(path), target, unpickle)
-    marks = {id(obj) for obj in broken}
-    for name in list(target.namespace):
-        if _reaches(target.namespace[name], marks):
-            del target.namespace[name]
-            errors.setdefault(name, "it holds what could not be loaded of another name")
-    return {name: error for name, error in errors.items() if name not in target.namespace}
+    for name, made in unpicklers[0].names.items():
+        if made.depends_on_broken():
+            errors.setdefault(name, "it depends on what could not be loaded of another name")
+    for name in errors:
+        target.namespace.pop(name, None)
+    return errors
 
 
-_Base: Any = pickle._Unpickler  # undocumented; in every CPython
+class _Mark:
+    """Stands where an object could not be made."""
+
+
+class _Made:
+    """An object of the stream: whether making it failed, and what it was made from."""
+
+    __slots__ = ("broken", "parts")
+
+    def __init__(self, parts: Iterable[_Made] = (), *, broken: bool = False) -> None:
+        self.parts = [part for part in parts if part is not _SIMPLE]
+        self.broken = broken
+
+    def add(self, parts: Iterable[_Made]) -> None:
+        self.parts += [part for part in parts if part is not _SIMPLE]
+
+    def depends_on_broken(self) -> bool:
+        seen: set[int] = set()
+        todo = [self]
+        while todo:
+            made = todo.pop()
+            if made.broken:
+                return True
+            if id(made) not in seen:
+                seen.add(id(made))
+                todo += made.parts
+        return False
+
+
+# Numbers, strings and other things that cannot fail.
+_SIMPLE: _Made = _Made()
+
+# Undocumented, both; in every CPython.
+_STOP: Any = pickle._Stop  # type: ignore[attr-defined]
+_Base: Any = pickle._Unpickler
+
+# Opcodes by what they do to the stack.
+_CHANGING = {pickle.BUILD, pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS, pickle.ADDITEMS}
+_FETCHING = {pickle.GET, pickle.BINGET, pickle.LONG_BINGET}
+_KEEPING = {pickle.MEMOIZE, pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT}
+_DROPPING = {pickle.POP, pickle.POP_MARK}
+# What they make can fail or be changed later.
+_OWN = {
+    *(pickle.REDUCE, pickle.NEWOBJ, pickle.NEWOBJ_EX, pickle.OBJ, pickle.INST, pickle.GLOBAL, pickle.STACK_GLOBAL),
+    *(pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.EMPTY_SET, pickle.LIST, pickle.DICT, pickle.FROZENSET),
+}
+_LEAVING = {pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.READONLY_BUFFER, pickle.MARK}
 
 
 class _Unpickler(_Base):  # type: ignore[misc]
-    """Goes on after an exception, with a mark on the stack in place of what could not be made.
+    """Goes on after an exception, and notes what depends on what.
 
     Args:
         stream: The pickle.
         buffers: Its out-of-band buffers.
-        broken: Receives the marks and the objects that are only half made.
         failed: Called with each exception.
+
+    Attributes:
+        names: How the value of each name was made.
     """
 
-    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(_Base.dispatch)
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = {}
 
-    def __init__(
-        self, stream: bytes, buffers: Iterable[Any], broken: list[Any], failed: Callable[[Exception], None]
-    ) -> None:
+    def __init__(self, stream: bytes, buffers: Iterable[Any], failed: Callable[[Exception], None]) -> None:
         super().__init__(io.BytesIO(stream), buffers=buffers)
-        self._broken = broken
         self._failed = failed
-        self._setting: tuple[_Broken, Any] | None = None
+        self.names: dict[str, _Made] = {}
+        # In step with the stack: how each entry was made; below a mark, what lay there.
+        self._made: list[_Made] = []
+        self._below: list[list[_Made]] = []
+        self._known: dict[int, _Made] = {}
 
-    def mark(self, error: Exception) -> _Broken:
-        """Return a new mark."""
-        self._failed(error)
-        mark = _Broken()
-        self._broken.append(mark)
-        return mark
-
-    def make(self, code: int, count: int) -> None:
-        """Run an opcode that puts a new object in the place of the last `count` on the stack."""
-        height = len(self.stack)
-        taken = self.stack[height - count :]
+    def step(self, code: bytes, run: Callable[[Any], None]) -> None:
+        """Run an opcode."""
+        height, depth = len(self.stack), len(self.metastack)
+        broken = False
+        if code in (pickle.SETITEM, pickle.SETITEMS):
+            self._note_names(code)
         try:
-            _Base.dispatch[code](self)
-        except Exception as error:
-            mark = self.mark(error)
-            self.stack[height - count :] = [mark]
-            # A function that sets an object's state has the object as its first argument, and its result is dropped.
-            if code == pickle.REDUCE[0] and isinstance(taken[1], tuple) and taken[1]:
-                self._setting = mark, taken[1][0]
-
-    def change(self, code: int) -> None:
-        """Run an opcode that changes the object under its arguments."""
-        try:
-            _Base.dispatch[code](self)
+            run(self)
+        except _STOP:
+            raise
         except Exception as error:
             self._failed(error)
-            self._broken.append(self.stack[-1])
+            broken = True
+            self._mend(code, height, depth)
+        self._note(code, depth, broken)
 
-    def drop(self) -> None:
-        """Run the opcode that drops the top of the stack."""
-        if self._setting is not None and self.stack and self.stack[-1] is self._setting[0]:
-            self._broken.append(self._setting[1])
-        _Base.dispatch[pickle.POP[0]](self)
+    def _mend(self, code: bytes, height: int, depth: int) -> None:
+        """Leave the stack as if the opcode had made something."""
+        if code in _CHANGING:
+            return
+        if len(self.metastack) == depth:
+            taken = {pickle.REDUCE: 2, pickle.NEWOBJ: 2, pickle.STACK_GLOBAL: 2, pickle.NEWOBJ_EX: 3}.get(code, 0)
+            del self.stack[height - taken :]
+        self.append(_Mark())
+
+    def _note(self, code: bytes, depth: int, broken: bool) -> None:
+        taken: list[_Made] = []
+        if len(self.metastack) > depth:
+            self._below.append(self._made)
+            self._made = []
+        elif len(self.metastack) < depth:
+            taken, self._made = self._made, self._below.pop()
+        height = len(self.stack)
+        if code in _LEAVING:
+            return
+        if code in _KEEPING:
+            self._known[id(self.stack[-1])] = self._made[-1]
+        elif code in _FETCHING:
+            self._made.append(self._known.get(id(self.stack[-1]), _SIMPLE))
+        elif code in _DROPPING or code in _CHANGING:
+            taken += self._made[height:]
+            del self._made[height:]
+            if height == 0:
+                return
+            # What a dropped call was given was for what lies below: it has set an object's state.
+            if self._made[-1] is _SIMPLE:
+                self._made[-1] = _Made()
+            self._made[-1].add(taken)
+            self._made[-1].broken |= broken
+        else:
+            taken += self._made[height - 1 :]
+            del self._made[height - 1 :]
+            simple = not broken and code not in _OWN and all(made is _SIMPLE for made in taken)
+            self._made.append(_SIMPLE if simple else _Made(taken, broken=broken))
+
+    def _note_names(self, code: bytes) -> None:
+        """Take note of the names that are about to be stored."""
+        entries = 2 if code == pickle.SETITEM else len(self.stack)
+        below = self.stack[:-2] if code == pickle.SETITEM else self.metastack[-1]
+        if entries and isinstance(below[-1], Store):
+            keys, values = self.stack[-entries::2], self._made[-entries + 1 :: 2]
+            self.names |= {key: made for key, made in zip(keys, values, strict=True) if isinstance(key, str)}
 
 
-def _making(code: int, count: int) -> Callable[[_Unpickler], None]:
-    return lambda unpickler: unpickler.make(code, count)
+def _stepping(code: bytes, run: Callable[[Any], None]) -> Callable[[_Unpickler], None]:
+    return lambda unpickler: unpickler.step(code, run)
 
 
-def _changing(code: int) -> Callable[[_Unpickler], None]:
-    return lambda unpickler: unpickler.change(code)
-
-
-_Unpickler.dispatch |= {
-    # How many entries of the stack the new object takes the place of.
-    **{
-        code[0]: _making(code[0], count)
-        for code, count in (
-            (pickle.REDUCE, 2),
-            (pickle.NEWOBJ, 2),
-            (pickle.NEWOBJ_EX, 3),
-            (pickle.STACK_GLOBAL, 2),
-            (pickle.GLOBAL, 0),
-        )
-    },
-    **{
-        code[0]: _changing(code[0])
-        for code in (pickle.BUILD, pickle.APPEND, pickle.APPENDS, pickle.SETITEM, pickle.SETITEMS, pickle.ADDITEMS)
-    },
-    pickle.POP[0]: _Unpickler.drop,
-}
-
-
-def _reaches(obj: Any, marks: set[int]) -> bool:
-    """Tell whether one of `marks`, as ids, is part of `obj`."""
-    seen: set[int] = set()
-    todo = [obj]
-    while todo:
-        part = todo.pop()
-        if id(part) in marks:
-            return True
-        if id(part) in seen or isinstance(part, types.ModuleType) or part is vars(builtins) or goes_by_name(part):
-            continue
-        seen.add(id(part))
-        todo += gc.get_referents(part)
-    return False
+_Unpickler.dispatch.update({code: _stepping(bytes([code]), run) for code, run in _Base.dispatch.items()})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import functools
+import copyreg
 import io
+import sys
 import types
 import weakref
 from collections.abc import Callable
@@ -41,21 +42,41 @@ def _reduce_loader(loader: Any) -> Any:
     return make, args, {**state, "_iterator": None}, *rest
 
 
-# What an optimizer makes for itself; `step` is there when a learning-rate scheduler has wrapped it.
-_OPTIMIZERS_OWN = ("step", "_zero_grad_profile_name")
-
-
 def _reduce_optimizer(optimizer: Any) -> Any:
+    kind = type(optimizer)
+    if not _is_pickled_by_torch(kind):
+        return NotImplemented
+    # torch's own leaves out hooks, what a subclass or a user has added, and that a scheduler counts its steps.
+    make, args, _, *_ = optimizer.__reduce_ex__(5)
+    return make, args, (optimizer_state(optimizer), _is_counted(optimizer)), None, None, _set_optimizer_state
+
+
+def _is_pickled_by_torch(kind: Any) -> bool:
     import torch
 
-    torchs: Any = torch.optim.Optimizer.__getstate__
-    if type(optimizer).__getstate__ is not torchs:
-        return NotImplemented
-    # torch's own leaves out hooks, what a subclass has added, and that a scheduler counts its steps.
-    make, args, state, *_ = optimizer.__reduce_ex__(5)
-    attributes = {name: value for name, value in vars(optimizer).items() if name not in _OPTIMIZERS_OWN}
-    counted = hasattr(vars(optimizer).get("step"), "_wrapped_by_lr_sched")
-    return make, args, ({**attributes, **state}, counted), None, None, _set_optimizer_state
+    torchs: Any = torch.optim.Optimizer
+    own = next(base for base in kind.__mro__ if "__setstate__" in vars(base))
+    return (
+        kind.__getstate__ is torchs.__getstate__
+        and own.__module__.partition(".")[0] == "torch"
+        and kind.__reduce__ is torchs.__reduce__
+        and kind.__reduce_ex__ is torchs.__reduce_ex__
+    )
+
+
+def optimizer_state(optimizer: Any) -> dict[str, Any]:
+    """Return the attributes of an optimizer that go with it."""
+    left = {"_zero_grad_profile_name"} | ({"step"} if _is_counted(optimizer) else set())
+    attributes = {name: value for name, value in vars(optimizer).items() if name not in left}
+    return {**attributes, **optimizer.__getstate__()}
+
+
+def _is_counted(optimizer: Any) -> bool:
+    """Tell whether a learning-rate scheduler has put its wrapper around the class's own ``step``."""
+    step = vars(optimizer).get("step")
+    # Its own, or the one that stands for it here.
+    of_the_class = getattr(step, "__wrapped__", None) is type(optimizer).step or hasattr(step, "_counts")
+    return hasattr(step, "_wrapped_by_lr_sched") and of_the_class
 
 
 def _set_optimizer_state(optimizer: Any, state: tuple[dict[str, Any], bool]) -> None:
@@ -67,39 +88,43 @@ def _set_optimizer_state(optimizer: Any, state: tuple[dict[str, Any], bool]) -> 
 
 def _count_steps(optimizer: Any) -> None:
     """Wrap `optimizer.step` as a learning-rate scheduler does, which warns when it does not find its wrapper."""
-    step = type(optimizer).step
     reference = weakref.ref(optimizer)
 
-    @functools.wraps(step)
-    def counted(*args: Any, **kwargs: Any) -> Any:
+    def step(*args: Any, **kwargs: Any) -> Any:
         own: Any = reference()
         own._opt_called = True
-        return step(own, *args, **kwargs)
+        # Looked up only now: while the optimizer is loaded, its class may still be without its methods.
+        return type(own).step(own, *args, **kwargs)
 
-    counted._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-    optimizer.step = counted
-
-
-def parametrized_module(module: Any) -> Any:
-    """Return what makes a module of ``torch.nn.utils.parametrize`` again, which refuses to be pickled itself.
-
-    It has a class of its own, with a property for each parametrized tensor. NotImplemented for any other module.
-    """
-    if "parametrizations" not in vars(module).get("_modules", ()):
-        return NotImplemented
-    from torch.nn.utils import parametrize
-
-    kind = type(module)
-    if not parametrize.is_parametrized(module) or not _makes_classes(parametrize):
-        return NotImplemented
-    return _make_parametrized, (kind.__base__, tuple(module.parametrizations)), vars(module)
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+    step._counts = True  # type: ignore[attr-defined]
+    optimizer.step = step
 
 
-def _makes_classes(parametrize: Any) -> bool:
-    return hasattr(parametrize, "_inject_new_class") and hasattr(parametrize, "_inject_property")
+# A parametrized module has a class of its own, which refuses to be pickled: its __getstate__ raises, and its properties
+# compute the parametrized tensors.
+
+_PARAMETRIZE = "torch.nn.utils.parametrize"
 
 
-def _make_parametrized(kind: Any, names: tuple[str, ...]) -> Any:
+def _is_parametrized_class(kind: type) -> bool:
+    return getattr(vars(kind).get("__getstate__"), "__module__", None) == _PARAMETRIZE
+
+
+def parametrized_class(kind: type) -> Any:
+    """Return what makes the class of a parametrized module again; None for any other class."""
+    if not _is_parametrized_class(kind):
+        return None
+    import torch.nn.utils.parametrize as own
+
+    if not (hasattr(own, "_inject_new_class") and hasattr(own, "_inject_property")):
+        return None
+    properties = [name for name, value in vars(kind).items() if isinstance(value, property)]
+    names = tuple(name for name in properties if vars(kind)[name].fget.__module__ == _PARAMETRIZE)
+    return _make_parametrized_class, (kind.__base__, names)
+
+
+def _make_parametrized_class(kind: Any, names: tuple[str, ...]) -> type:
     import torch
     from torch.nn.utils import parametrize
 
@@ -108,7 +133,36 @@ def _make_parametrized(kind: Any, names: tuple[str, ...]) -> Any:
     parametrize._inject_new_class(module)
     for name in names:
         parametrize._inject_property(module, name)
-    return module
+    return type(module)
+
+
+def reduce_module(module: Any) -> Any:
+    """Reduce a parametrized module; any other is left to pickle."""
+    kind = type(module)
+    if not _is_parametrized_class(kind):
+        return NotImplemented
+    base: Any = kind.__base__
+    if base.__reduce__ is not object.__reduce__ or base.__reduce_ex__ is not object.__reduce_ex__:
+        return NotImplemented
+    return copyreg.__newobj__, (kind,), module_state(module)  # type: ignore[attr-defined]
+
+
+def module_state(module: Any) -> Any:
+    """Return what a parametrized module consists of, as the class under it has it pickled."""
+    base: Any = type(module).__base__
+    return base.__getstate__(module)
+
+
+def state_of(obj: Any) -> Any:
+    """Return the state that goes for an object of torch's whose own ``__getstate__`` does not tell; None for others."""
+    torch = sys.modules.get("torch")
+    if torch is None or not hasattr(torch, "optim"):
+        return None
+    if isinstance(obj, torch.nn.Module) and _is_parametrized_class(type(obj)):
+        return module_state(obj)
+    if isinstance(obj, torch.optim.Optimizer) and _is_pickled_by_torch(type(obj)):
+        return optimizer_state(obj)
+    return None
 
 
 _PROCESS_GROUP = refuser(

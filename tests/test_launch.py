@@ -76,7 +76,7 @@ def test_in_a_notebook(kernel: Kernel) -> None:
         (
             "nbddp.launch(print(), cpus=1)",
             "TypeError",
-            "what to call, not None (NoneType). Pass the function itself and its arguments after it",
+            "fn is None (NoneType), which cannot be called. Pass the function itself and its arguments after it",
         ),
     ],
 )

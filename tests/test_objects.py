@@ -285,6 +285,46 @@ def test_parametrized_modules(kernel: Kernel) -> None:
     )
 
 
+def test_an_optimizer_whose_class_knows_it(kernel: Kernel) -> None:
+    kernel.ok(
+        "import torch, types, threading\nclass Own(torch.optim.SGD):\n    made = []\n    def step(self, closure=None):\n"
+        "        self.mine = getattr(self, 'mine', 0) + 1\n        return super().step(closure)\n"
+        "p = torch.nn.Parameter(torch.ones(2))\no, plain = Own([p], lr=0.1), torch.optim.SGD([p], lr=0.1)\n"
+        "Own.made.append(o)\ns = torch.optim.lr_scheduler.StepLR(o, 1)\n"
+        "plain.step = types.MethodType(lambda self: 'set on it', plain)"
+    )
+    kernel.ok(
+        "%%ddp --cpus 1 --no-init --out o,s\np.grad = torch.ones(2)\no.step()\ns.step()\n"
+        "assert (o.mine, Own.made[0] is o, p[0].item() < 1, plain.step()) == (1, True, True, 'set on it')"
+    )
+    kernel.ok("o.step()\nassert o.mine == 2")
+    kernel.ok("o.lock = threading.Lock()")
+    assert "cannot send 'o.lock' (_thread.lock)" in kernel.run("%%ddp --cpus 1\no").message
+
+
+def test_a_parametrized_module_with_a_state_of_its_own(kernel: Kernel) -> None:
+    kernel.ok(
+        "import copy, torch\nfrom torch.nn.utils import parametrize\nclass L(torch.nn.Module):\n    def __init__(self):\n"
+        "        super().__init__()\n        self.w, self.table = torch.nn.Parameter(torch.ones(2)), {(0, 1): 2}\n"
+        "    def __getstate__(self): return {**vars(self), 'table': list(self.table.items())}\n"
+        "    def __setstate__(self, state): super().__setstate__({**state, 'table': dict(state['table'])})\n"
+        "m = L()\nparametrize.register_parametrization(m, 'w', torch.nn.Identity())\ntwin, kind = copy.deepcopy(m), type(m)"
+    )
+    kernel.ok(
+        "%%ddp --cpus 1 --out m\nassert m.table == {(0, 1): 2} and m.w.tolist() == [1, 1]\n"
+        "assert type(m) is type(twin) is kind and isinstance(m, L)"
+    )
+    assert kernel.get("m.table") == {(0, 1): 2}
+
+
+def test_cells_by_themselves(kernel: Kernel) -> None:
+    kernel.ok("import types\nnone, empty, full = types.CellType(None), types.CellType(), types.CellType(3)")
+    kernel.ok(
+        "%%ddp --cpus 1\nassert none.cell_contents is None and full.cell_contents == 3\ntry:\n    empty.cell_contents\n"
+        "except ValueError: pass\nelse: assert False"
+    )
+
+
 def test_a_loader_with_persistent_workers_that_was_used(kernel: Kernel) -> None:
     kernel.ok(
         "import torch\nloader = torch.utils.data.DataLoader([1, 2], num_workers=1, persistent_workers=True)\nlist(loader)"

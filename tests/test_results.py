@@ -105,8 +105,8 @@ def test_what_cannot_be_loaded_in_the_notebook(kernel: Kernel) -> None:
     assert kernel.get("a, bad") == ("old", "old")
 
 
-SOME_BAD = """%%ddp --cpus 1 --out stated,early,unhashed,inside,shared,late,big,net
-import torch
+SOME_BAD = """%%ddp --cpus 1 -o stated,early,unhashed,inside,shared,late,big,net,frame,array,weak,total,frozen,evaluate
+import torch, weakref, numpy as np, pandas as pd
 def explode(*args): raise OSError('only there')
 class Bad:
     def __reduce__(self): return explode, (1,)
@@ -115,10 +115,17 @@ class Stated:
 class Unhashed:
     def __init__(self): self.x = 1
     def __hash__(self): return hash(self.x)
+class Total:
+    def __init__(self, parts): self.parts = parts
+    def __getstate__(self): return self.parts
+    def __setstate__(self, parts): self.sum = sum(getattr(p, 'n', 0) for p in parts)
+bad = Bad()
+def evaluate(): return bad
 class Net(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.layer = torch.nn.Linear(2, 2)
+    def forward(self, x): return self.layer(x)
 common = [1, 2]
 stated = Stated()
 stated.x = common
@@ -126,15 +133,27 @@ early, unhashed, inside = Bad(), {Unhashed()}, {'deep': [(Bad(), common)]}
 unhashed.pop().me = unhashed
 late, big, net = [common], torch.ones(1 << 18), Net()
 shared = [inside['deep'], common]
+frame, array = pd.DataFrame({'x': [1, Bad()]}), np.array([Bad(), 2], dtype=object)
+weak, total = weakref.WeakValueDictionary(bad=bad), Total([Bad()])
+frozen = Unhashed()
+frozen.me = frozenset([frozen])
+frozen = frozen.me
 """
 
 
 def test_what_can_be_loaded_is_left_over(kernel: Kernel) -> None:
+    kernel.ok("frame = array = 'old'")
     reply = kernel.run(SOME_BAD)
     assert reply.error == "ResultError"
-    for name, why in (("stated", "KeyError: [1, 2]"), ("early", "OSError: only there"), ("inside", "OSError")):
+    for name, why in (
+        ("stated", "KeyError: [1, 2]"),
+        *((name, "OSError: only there") for name in ("early", "inside", "frame", "array", "weak", "total")),
+        ("evaluate", "it depends on what could not be loaded of another name"),
+        ("shared", "it depends on what could not be loaded of another name"),
+        ("frozen", "AttributeError"),
+    ):
         assert f"'{name}' came back, but cannot be loaded here: {why}" in reply.message
-    assert "'shared' came back, but cannot be loaded here: it holds what" in reply.message
+    assert "'bad' came" not in reply.message
     assert "%ddp results has the rest: unhashed, late, big, net" in reply.message
     kernel.ok("rest = get_ipython().run_line_magic('ddp', 'results')")
     assert kernel.get("sorted(rest), rest['late'], rest['big'].sum().item()") == (
@@ -142,7 +161,18 @@ def test_what_can_be_loaded_is_left_over(kernel: Kernel) -> None:
         [[1, 2]],
         float(1 << 18),
     )
-    assert kernel.get("list(rest['net'].layer(rest['big'][:2]).shape)") == [2]
+    assert kernel.get("list(rest['net'](rest['big'][:2]).shape)") == [2]
+    assert kernel.get("frame, array") == ("old", "old")
+
+
+def test_whose_result_cannot_be_loaded(kernel: Kernel) -> None:
+    reply = kernel.run(
+        "%%ddp --cpus 3 --gather x\nclass Bad:\n    def __reduce__(self): return int, ('z',)\n"
+        "x = Bad() if rank == 1 else rank"
+    )
+    assert "'x' came back, but cannot be loaded here: ValueError: " in reply.message
+    assert "on rank 1. Nothing" in reply.message
+    assert kernel.get("get_ipython().run_line_magic('ddp', 'results')") == {"x": {0: 0, 2: 2}}
 
 
 def test_nothing_is_assigned_when_the_run_fails(kernel: Kernel) -> None:
