@@ -101,5 +101,14 @@ def environment(base: Mapping[str, str], options: Options, devices: Devices) -> 
     return env
 
 
+def gpus_of(devices: Devices, env: Mapping[str, str]) -> list[str]:
+    """Return for each rank its GPU, as the driver knows it: by number or UUID; an empty list if they have none."""
+    if not devices.gpus:
+        return []
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in visible.split(",")] if visible else [str(i) for i in range(devices.ranks)]
+    return names[: devices.ranks]
+
+
 def _listed(options: Options) -> str:
     return ",".join(map(str, options.gpu_ids))

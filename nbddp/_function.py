@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from nbddp import _client, _job
+from nbddp import _client, _job, _settings
 from nbddp._errors import ResultError
 from nbddp._options import Options
-from nbddp._relay import Screen, Terminal
+from nbddp._relay import View
 from nbddp._results import Wanted
+from nbddp._screen import screen_of
 from nbddp._script import CALLER, Cell
 
 _Result = TypeVar("_Result")
@@ -34,6 +36,8 @@ def launch(
     timeout: float | None = None,
     init: bool = True,
     max_restarts: int = 0,
+    ranks: Sequence[int] | None = None,
+    plain: bool = False,
 ) -> list[_Result]:
     """Call ``fn(*args)`` on several ranks and return what it returned on each, in the order of ranks.
 
@@ -51,6 +55,9 @@ def launch(
         timeout: Seconds after which the run is stopped.
         init: Whether the process group is initialised before the call.
         max_restarts: How often torchrun may start the ranks again after a failure.
+        ranks: The ranks whose output is shown; None for all.
+        plain: Whether to show output rank after rank, without colours and panel: the same at every run. Where output
+            cannot be updated in place, as in a file, it always is.
 
     Returns:
         A list with one entry per rank. Tensors come back on the CPU.
@@ -78,6 +85,8 @@ def launch(
         timeout=timeout,
         init=init,
         max_restarts=max_restarts,
+        ranks=None if ranks is None else tuple(ranks),
+        plain=plain,
     )
     shell = _shell()
     if shell is not None:
@@ -94,10 +103,10 @@ def launch(
         source_of=_magic.source_of(shell) if shell is not None else lambda _: None,
         colors=str(shell.colors) if shell is not None else "",
         place="the function",
+        view=View(options.ranks, options.plain or _settings.plain(os.environ)),
     )
-    screen: Screen = _magic.screen_of(shell) if shell is not None else Terminal()
     try:
-        results: list[_Result] = _job.perform(job, client, screen).results[_VALUE]
+        results: list[_Result] = _job.perform(job, client, screen_of(shell)).results[_VALUE]
     except ResultError as error:
         # By rank, those that could come.
         error.results = error.results.get(_VALUE, {})

@@ -21,15 +21,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbddp import _client, _closure, _devices, _process, _results, _settings, _wire
+from nbddp import _client, _closure, _devices, _plots, _process, _results, _settings, _wire
 from nbddp._agent import Launch, torchrun_options
 from nbddp._errors import LaunchError
+from nbddp._memory import Meter
 from nbddp._options import Options
+from nbddp._panel import Panel
 from nbddp._paths import RunDir, cannot_write, format_size
-from nbddp._relay import Relay, Screen
+from nbddp._relay import Relay, View
 from nbddp._report import error_of
 from nbddp._results import Wanted
 from nbddp._run import Ending, Run
+from nbddp._screen import Screen
 from nbddp._script import Cell, Script, Setup
 from nbddp._snapshot import Snapshot
 from nbddp._stop import GRACE_SECONDS, InterruptGate
@@ -42,6 +45,9 @@ _DESCRIPTORS_PER_RANK = 4
 _DESCRIPTORS_BESIDES = 100
 
 MimeBundle = tuple[dict[str, Any], dict[str, Any]]
+
+# The panels of the runs that are under way in this process, shown or not.
+running: list[Panel] = []
 
 
 @dataclass
@@ -61,6 +67,7 @@ class Job:
         grace: Seconds that ranks have to end after an interrupt.
         large: Bytes above which a line says how much is sent; None for never.
         place: What messages call the code.
+        view: How much of the output is shown, and how.
     """
 
     cell: Cell
@@ -75,6 +82,7 @@ class Job:
     grace: float = GRACE_SECONDS
     large: float | None = None
     place: str = "the cell"
+    view: View = field(default_factory=View)
 
 
 @dataclass
@@ -157,15 +165,18 @@ class _Attempt:
         if changed := self.client.start(env):
             self.say(f"nbddp: {', '.join(changed)} changed, which torch reads when it loads; loading it anew")
         with gate.open():
-            closure = _closure.capture(job.names, job.namespace, job.lines, job.place)
+            names = {**job.names, **_plots.settings()}
+            closure = _closure.capture(names, job.namespace, job.lines, job.place)
         times["captured"] = time.monotonic()
         devices = _devices.choose(job.options, env, lambda: _count_gpus(self.client, env, gate))
+        if job.view.ranks is not None and max(job.view.ranks) >= devices.ranks:
+            raise LaunchError(f"--ranks {max(job.view.ranks)}: this run has {_ranks_of(devices.ranks)}")
         if job.wanted.device is not None:
             _devices.check_out_device(job.wanted.device, lambda: _count_gpus(self.client, os.environ, gate))
         if devices.note:
             self.say(devices.note)
         if job.large is not None and closure.nbytes > job.large:
-            self.say(_closure.size_line(job.names, closure))
+            self.say(_closure.size_line(names, closure))
         if hidden := _hidden_names(job, devices):
             self.say(hidden)
         for wrapper in dict.fromkeys(closure.unwrapped):
@@ -211,7 +222,7 @@ class _Attempt:
                 server = stack.enter_context(_wire.listen(run_dir.socket))
                 logs = session.new_logs()
                 stack.callback(session.keep_logs, logs)
-                relay = Relay(devices.ranks, logs, secret, self.screen)
+                relay = Relay(devices.ranks, logs, secret, self.screen, self.job.view)
             except OSError as error:
                 raise cannot_write("prepare a run", run_dir.socket, error) from error
             stack.callback(relay.close)
@@ -224,12 +235,15 @@ class _Attempt:
                 server,
                 channel,
                 relay,
+                None if self.job.view.plain or not self.screen.in_place else self.screen,
+                Meter(_devices.gpus_of(devices, launch.env)),
                 self.gate,
                 timeout=self.job.options.timeout,
                 grace=self.job.grace,
                 wait_until_gone=devices.gpus,
-                say=self.say,
             )
+            running.append(run.panel)
+            stack.callback(running.remove, run.panel)
             ending = run.wait()
         if run.launcher_died:
             self.client.end_leftovers()
@@ -273,6 +287,10 @@ class _Attempt:
             known=self.job.known - set(self.job.names),
             launcher=self.client.last_words() if run.launcher_died else None,
         )
+
+
+def _ranks_of(count: int) -> str:
+    return "one rank, 0" if count == 1 else f"ranks 0 to {count - 1}"
 
 
 def _start_method(job: Job, client: _client.Client) -> str:

@@ -10,8 +10,9 @@ import ast
 import contextlib
 import linecache
 import os
-import secrets
+import shlex
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -19,51 +20,21 @@ from typing import Any
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_cell_magic, magics_class
-from traitlets import Float
+from traitlets import Bool, Float, Int
 
-from nbddp import _closure, _job, _names
+from nbddp import _closure, _job, _logs, _names, _settings
 from nbddp._errors import LaunchError, NbddpError, ResultError
 from nbddp._function import client
 from nbddp._options import HelpAsked, OptionError, Options, help_text, option_names, parse
-from nbddp._relay import Screen, Terminal
+from nbddp._relay import DISPLAY_LIMIT, TEXT_LIMIT, View
 from nbddp._results import Wanted
+from nbddp._screen import screen_of
 from nbddp._script import Cell
 from nbddp._stop import GRACE_SECONDS
 
 
-class NotebookScreen:
-    """The output of the running cell."""
-
-    def __init__(self, shell: Any) -> None:
-        self._shell = shell
-        self._live_id: str | None = None
-
-    def write(self, text: str) -> None:
-        """Show complete lines of text."""
-        # Looked up each time: %%capture replaces it. ipykernel collects what comes within a fifth of a second.
-        sys.stdout.write(text)
-
-    def publish(self, data: dict[str, Any], metadata: dict[str, Any], transient: dict[str, Any], update: bool) -> None:
-        """Show a mime bundle behind the text so far."""
-        sys.stdout.flush()
-        self._shell.display_pub.publish(data, metadata, transient=transient, update=update)
-
-    def live(self, text: str) -> None:
-        """Show text that replaces what this showed before; of an empty one nothing is left in a saved notebook."""
-        sys.stdout.flush()
-        update = self._live_id is not None
-        self._live_id = self._live_id or secrets.token_hex(8)
-        data = {"text/plain": text} if text else {}
-        self._shell.display_pub.publish(data, {}, transient={"display_id": self._live_id}, update=update)
-
-
-def screen_of(shell: Any) -> Screen:
-    """Return where this shell shows output: under Jupyter the cell, else the terminal."""
-    return NotebookScreen(shell) if hasattr(shell, "kernel") else Terminal()
-
-
 class CellValue:
-    """The value of the cell's last expression on rank 0, as it looks; the object itself stayed there."""
+    """The value of the cell's last expression, as it looks; the object itself stayed in its rank."""
 
     def __init__(self, data: dict[str, Any], metadata: dict[str, Any]) -> None:
         self._bundle = data, metadata
@@ -72,7 +43,7 @@ class CellValue:
         return self._bundle
 
     def __repr__(self) -> str:
-        return str(self._bundle[0].get("text/plain", "<value of the cell on rank 0>"))
+        return str(self._bundle[0].get("text/plain", "<value of the cell>"))
 
 
 class _CellSyntaxError(NbddpError):
@@ -115,6 +86,9 @@ class DDPMagics(Magics):
     large = Float(1e9, allow_none=True, help="Bytes above which a line says how much a cell sends; None: never.").tag(
         config=True
     )
+    output = Int(TEXT_LIMIT, help="Characters of output that a cell shows, its beginning and its end.").tag(config=True)
+    displays = Int(DISPLAY_LIMIT, help="Bytes of images and other displays that a cell shows.").tag(config=True)
+    plain = Bool(False, help="Show rank after rank, without colours and panel: the same at every run.").tag(config=True)
     grace = Float(GRACE_SECONDS, help="Seconds that ranks have to end after an interrupt.").tag(config=True)
 
     @line_cell_magic  # type: ignore[untyped-decorator]  # IPython's
@@ -184,6 +158,12 @@ class DDPMagics(Magics):
             colors=str(shell.colors),
             grace=self.grace,
             large=self.large,
+            view=View(
+                options.ranks,
+                plain=options.plain or self.plain or _settings.plain({**os.environ, **options.env}),
+                text_limit=self.output,
+                display_limit=self.displays,
+            ),
         )
 
     def _check_bound(self, option: str, names: Sequence[str], uses: _names.Uses) -> None:
@@ -209,13 +189,20 @@ class DDPMagics(Magics):
     _last_cell: tuple[str, str] | None = None
 
     def _line(self, line: str) -> dict[str, Any] | None:
-        match line.split():
+        try:
+            words = shlex.split(line)
+        except ValueError as error:
+            raise UsageError(f"%ddp {line}: {error}") from None
+        match words:
             case [] | ["-h"] | ["--help"]:
                 sys.stdout.write(LINE_HELP)
-            case ["log"]:
-                self._show_log(None)
-            case ["log", rank] if rank.isdigit():
-                self._show_log(int(rank))
+            case ["log", *asked]:
+                try:
+                    _logs.show(asked, client.session.logs)
+                except ValueError as error:
+                    raise UsageError(str(error)) from None
+            case ["status"]:
+                sys.stdout.write(_status() + "\n")
             case ["results"]:
                 if not self._left_over:
                     raise LaunchError("%ddp results: nothing is left over from the last run")
@@ -224,7 +211,7 @@ class DDPMagics(Magics):
                 sys.stdout.write("\n".join(self._explain(names)) + "\n")
             case _:
                 raise UsageError(
-                    f"%ddp {line}: there are only %ddp log, results and explain (%ddp -h); "
+                    f"%ddp {line}: there are only %ddp log, status, results and explain (%ddp -h); "
                     "a cell that runs on ranks begins with %%ddp"
                 )
         return None
@@ -242,25 +229,28 @@ class DDPMagics(Magics):
         job = self._job(line, cell, parse(line))
         return [f"%%ddp {line}".rstrip(), *_closure.explain(job.names, job.namespace, job.lines)]
 
-    def _show_log(self, rank: int | None) -> None:
-        logs = client.session.logs
-        if logs is None:
-            raise LaunchError("there is no log: nothing has run yet")
-        paths = sorted(os.path.join(logs, name) for name in os.listdir(logs))
-        if rank is None:
-            for path in paths:
-                sys.stdout.write(f"{path}  {os.path.getsize(path):,} bytes\n")
-            return
-        path = os.path.join(logs, f"rank{rank}.log")
-        if path not in paths:
-            raise LaunchError(f"%ddp log {rank}: the last run had ranks 0 to {len(paths) - 1}")
-        with open(path, encoding="utf-8", errors="replace", newline="") as file:
-            sys.stdout.write(file.read())
 
+def _status() -> str:
+    """Return what is known of the runs that are under way."""
+    panels = list(_job.running)
+    if not panels:
+        return "nbddp: nothing is running"
+    for panel in panels:
+        panel.look()
+    # The answers come to the thread of the run.
+    time.sleep(_ANSWER_SECONDS)
+    return "\n".join(panel.text() for panel in panels)
+
+
+_ANSWER_SECONDS = 0.2
 
 LINE_HELP = """\
 %ddp log         where the logs of the last run are, one for each rank
-%ddp log RANK    what that rank printed, all of it
+%ddp log --rank K --tail N
+                 what rank K printed, all of it or its last N lines; without --rank, of every rank
+%ddp log --save PATH
+                 copy the logs into a folder, or with --rank to a file
+%ddp status      what runs now, rank by rank: from another thread or a subshell while a cell runs
 %ddp explain     what the last %%ddp cell takes from the notebook: types, sizes, by value or by reference
 %ddp explain A B the same for variables
 %ddp results     what the last run brought back and could not assign, since something else was missing

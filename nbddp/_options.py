@@ -39,6 +39,8 @@ class Options:
         max_restarts: How often torchrun may start the ranks again after a failure.
         keep_script: Where to leave the script.
         dry_run: Whether to show what would be launched, and launch nothing.
+        ranks: The ranks whose output is shown; None for all. The logs keep everyone's.
+        plain: Whether output is to be the same at every run: rank after rank, without colours and panel.
     """
 
     gpus: int | None = None
@@ -54,6 +56,8 @@ class Options:
     max_restarts: int = 0
     keep_script: str | None = None
     dry_run: bool = False
+    ranks: tuple[int, ...] | None = None
+    plain: bool = False
 
     def __post_init__(self) -> None:
         """Check what can be checked without looking at the machine.
@@ -72,6 +76,9 @@ class Options:
                 raise OptionError(f"--gpu-ids {listed}: each GPU can be given once, by its number from 0")
             if self.gpus not in (None, len(self.gpu_ids)):
                 raise OptionError(f"--gpus {self.gpus} and --gpu-ids {listed} differ in number; one of them is enough")
+        if self.ranks is not None and (not self.ranks or min(self.ranks) < 0):
+            listed = ",".join(map(str, self.ranks)) or "''"
+            raise OptionError(f"--ranks {listed}: ranks are numbered from 0, as in --ranks 0 or --ranks 0,2; or all")
         if self.timeout is not None and not 0 < self.timeout < float("inf"):
             raise OptionError(f"--timeout {self.timeout:g}: a number of seconds above 0")
         if self.max_restarts < 0:
@@ -167,6 +174,10 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(_number(part) for part in text.split(",") if part.strip())
 
 
+def _ranks(text: str) -> tuple[int, ...] | None:
+    return None if text.strip() == "all" else _numbers(text)
+
+
 def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -219,6 +230,8 @@ def _make_parser() -> _Parser:
         help="set an environment variable in the ranks",
     )
     add("--timeout", type=_seconds, metavar="SECONDS", help="stop the run and raise TimeoutError after this long")
+    add("--ranks", type=_ranks, metavar="K,K,...|all", help="whose output to show (default: all); logs keep everyone's")
+    add("--plain", action="store_true", help="show rank after rank, without colours and panel: the same at every run")
     add("--no-init", dest="init", action="store_false", help="leave init_process_group to the cell")
     add("--max-restarts", type=_number, default=0, metavar="N", help="let torchrun restart all ranks up to N times")
     add("--keep-script", metavar="PATH", help="leave the generated script at PATH; plain torchrun runs it")

@@ -30,7 +30,7 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from nbddp import _process, _repair, _results, _settings, _uplink, _workers
+from nbddp import _plots, _process, _repair, _results, _settings, _uplink, _workers
 from nbddp._names import MODULES_OWN
 from nbddp._paths import RunDir
 from nbddp._pickling import Target, load, load_file
@@ -52,6 +52,7 @@ class _State:
     run_dir: RunDir | None = None
     arguments: dict[str, Any]
     target: Target
+    shell_settings: Mapping[str, Any]
 
 
 _state = _State()
@@ -99,6 +100,7 @@ def restore(
         else:
             load_file(os.path.join(os.path.dirname(namespace["__file__"]), closure), target)
         namespace.update(own)
+        _state.shell_settings = _plots.take(namespace)
         if in_rank:
             namespace.update(_given_names(arguments["define"], device))
             _workers.send_by_value(list(target.received.values()))
@@ -196,10 +198,11 @@ def _run_cell(
     from nbddp import _shell
 
     shell = _shell.the_shell(_state.run_dir.temp if _state.run_dir is not None else None)
+    shell.settings(_state.shell_settings)
     if _state.notebook is not None:
         shell.publish = _state.notebook.publish
-        _state.notebook.begin()
-    shell.shows_value = os.environ["RANK"] == "0"
+        shell.clear = _state.notebook.clear
+        _state.notebook.begin(filename)
     error = shell.run(namespace, cell, filename=filename, number=number, header=header, cells=cells, colors=colors)
     _complete("cell")
     outcome = _outcome(error, shell.traceback)

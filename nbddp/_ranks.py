@@ -11,7 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -36,6 +36,7 @@ class RankState:
         died: When it was seen to be gone without having said so.
         exitcode: How torchrun says that it ended, if it died.
         stopped: Whether it was ended by nbddp.
+        where: Where it last said that it is; see `nbddp._uplink.Uplink._where`.
     """
 
     rank: int
@@ -50,6 +51,7 @@ class RankState:
     died: float | None = None
     exitcode: int | None = None
     stopped: bool = False
+    where: dict[str, Any] = field(default_factory=dict)
 
     @property
     def failed_at(self) -> float | None:
@@ -71,7 +73,7 @@ class Ranks:
     Attributes:
         states: The ranks by number.
         attempt: How often torchrun has started them again.
-        value: The mime bundle of the cell's value on rank 0, and its metadata.
+        values: The values of the cell on the ranks that have one: a mime bundle and its metadata.
         times: When each stage was complete, on the rank that took longest for it (``time.monotonic``).
         agent_ended: Whether the agent has said its last.
     """
@@ -85,7 +87,7 @@ class Ranks:
         self._arrived = arrived
         self.states: dict[int, RankState] = {}
         self.attempt = 0
-        self.value: tuple[dict[str, Any], dict[str, Any]] | None = None
+        self.values: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
         self.times: dict[str, float] = {}
         self.agent_ended = False
         loop.watch(server, self._accept)
@@ -156,7 +158,7 @@ class Ranks:
                 self._drain(old)
                 self._forget(old)
             self.states = {}
-            self.value = None
+            self.values = {}
         output = inbox.fds.pop(0)
         pidfd = inbox.fds.pop(0) if inbox.fds else None
         os.set_blocking(output, False)
@@ -185,9 +187,11 @@ class Ranks:
                 case "begin":
                     state.in_cell = True
                 case "display" if message["value"]:
-                    self.value = message["data"], message["metadata"]
+                    self.values[state.rank] = message["data"], message["metadata"]
                 case "display":
                     self._relay.display(state.rank, message)
+                case "at":
+                    state.where = message
                 case "report":
                     state.outcome = message
                     for stage, at in message["times"].items():

@@ -11,15 +11,17 @@ import contextlib
 import signal
 import socket
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from nbddp import _process, _wire
 from nbddp._agent import Launch
 from nbddp._loop import Loop
+from nbddp._memory import Meter
+from nbddp._panel import Panel
 from nbddp._ranks import Ranks, RankState, in_short
 from nbddp._relay import Relay
+from nbddp._screen import Screen
 from nbddp._stop import InterruptGate, Ladder, Step
 from nbddp._uplink import STACK_SIGNAL
 
@@ -41,7 +43,7 @@ class Ending:
         cause: "done", "failed", "interrupted", "timeout", or "no ranks" if none ever ran.
         ranks: The ranks of the last attempt.
         first: The rank that failed first.
-        value: The mime bundle of the cell's value on rank 0, and its metadata.
+        value: The mime bundle of the cell's value, and its metadata: that of the first rank that is shown.
         killed: Whether ranks had to be killed after an interrupt.
         agent_status: The agent's exit status, if it ended without a word.
         refusal: Why the launcher started nothing, if it said so.
@@ -66,12 +68,13 @@ class Run:
         server: The socket, at `RunDir.socket`, on which the run's processes report.
         channel: A channel to the launcher.
         relay: Where output goes.
+        screen: Where the panel is shown; None for no panel.
+        meter: Reads the ranks' memory.
         gate: Tells of interrupts.
         timeout: Seconds after which the run is stopped, or None.
         grace: Seconds that ranks have to end after an interrupt.
         wait_until_gone: Whether to return only when every process is gone: what holds a GPU's memory must be, before
             the next cell asks for it.
-        say: Shows a line of nbddp's own.
     """
 
     def __init__(
@@ -80,12 +83,13 @@ class Run:
         server: socket.socket,
         channel: _wire.Inbox,
         relay: Relay,
+        screen: Screen | None,
+        meter: Meter,
         gate: InterruptGate,
         *,
         timeout: float | None,
         grace: float,
         wait_until_gone: bool,
-        say: Callable[[str], None],
     ) -> None:
         self._launch = launch
         self._channel = channel
@@ -94,9 +98,9 @@ class Run:
         self._deadline = float("inf") if timeout is None else time.monotonic() + timeout
         self._grace = grace
         self._wait_until_gone = wait_until_gone
-        self._say = say
         self._loop = Loop()
         self._ranks = Ranks(server, self._loop, relay, arrived=self._arrived)
+        self.panel = Panel(self._ranks, launch.ranks, relay.outputs, screen, meter)
         self._announced = -1  # the attempt whose failure the user has been told of
         self._ladder: Ladder | None = None
         self._cause = "done"
@@ -122,7 +126,9 @@ class Run:
             with contextlib.suppress(OSError):
                 self._send("launch", **vars(self._launch))
             while not self._over():
-                self._loop.step(min(self._deadline, self._ladder_due(), self._give_up_at(), self._relay.due))
+                self._loop.step(
+                    min(self._deadline, self._ladder_due(), self._give_up_at(), self._relay.due, self.panel.due)
+                )
                 self._look_at_the_clock()
             # What comes now cannot change how the run ended.
             self._all_reported = True
@@ -131,8 +137,10 @@ class Run:
             self._name_deaths()
             self._ranks.times["all reported"] = time.monotonic()
             self._let_go()
-            self._relay.finish()
-            return self._ending()
+            ending = self._ending()
+            ending.value = self._relay.finish(self._ranks.values if ending.cause == "done" else {})
+            self.panel.finish(ending.cause)
+            return ending
         finally:
             self._loop.close()
             self._ranks.close()
@@ -184,13 +192,14 @@ class Run:
     def _look_at_the_clock(self) -> None:
         if time.monotonic() >= self._relay.due:
             self._relay.tick()
+        self.panel.tick()
         if self._ladder is None and time.monotonic() >= self._deadline:
             self._stop("timeout", Ladder.of_interrupt(self._grace))
         if self._ladder is None and (failed := self._ranks.failed):
             attempt = self._ranks.attempt
             if attempt < self._launch.max_restarts and self._announced < attempt:
                 self._announced = attempt
-                self._say(
+                self._relay.say(
                     f"nbddp: rank {failed[0].rank} failed ({in_short(failed[0])}); "
                     f"restart {attempt + 1} of {self._launch.max_restarts}"
                 )
@@ -242,7 +251,7 @@ class Run:
                 signum = signal.SIGKILL if step is Step.KILL_RANKS else signal.SIGTERM
                 _process.send_signal(state.pid, state.pidfd, signum)
         if step is Step.TERMINATE and self._cause != "failed" and alive:
-            self._say("nbddp: ranks that did not end are terminated")
+            self._relay.say("nbddp: ranks that did not end are terminated")
 
     def _arrived(self, state: RankState) -> None:
         """Tell a rank that has just connected what the others were told already."""
@@ -321,7 +330,7 @@ class Run:
             cause,
             self._ranks.states,
             first,
-            self._ranks.value,
+            None,
             self._killed,
             self._agent_status,
             self._refusal,

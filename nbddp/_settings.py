@@ -20,6 +20,9 @@ MARK = "NBDDP_MARK"
 # under plain torchrun: slower to start). The default is fork where the platform allows it.
 START_METHOD = "NBDDP_START_METHOD"
 
+# Anything but "" and "0": output is plain, as with --plain.
+PLAIN = "NBDDP_PLAIN"
+
 # Read by OpenMP and BLAS libraries when they load. The launcher runs with one thread whatever these say, since a
 # process that is to be forked must have no second one; each rank raises its own limit to what they say.
 THREAD_LIMITS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS")
@@ -42,6 +45,11 @@ _READ_LATER = (
 def read_at_load(env: Mapping[str, str]) -> dict[str, str]:
     """Return the part of `env` that a launcher must have been started with for its forks to honour it."""
     return {k: v for k, v in env.items() if k.startswith(_READ_AT_LOAD) and not k.startswith(_READ_LATER)}
+
+
+def plain(env: Mapping[str, str]) -> bool:
+    """Tell whether the user asks for plain output."""
+    return env.get(PLAIN, "") not in ("", "0")
 
 
 def start_method(env: Mapping[str, str]) -> str | None:

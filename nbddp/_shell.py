@@ -41,7 +41,9 @@ Publish = Callable[[dict[str, Any], dict[str, Any], dict[str, Any], bool, bool],
 def _print_plain(
     data: dict[str, Any], metadata: dict[str, Any], transient: dict[str, Any], update: bool, value: bool
 ) -> None:
-    """Show a bundle where there is no notebook."""
+    """Show a bundle where there is no notebook; the cell's value is rank 0's."""
+    if value and os.environ.get("RANK", "0") != "0":
+        return
     print(data.get("text/plain", ""))  # noqa: T201  # it is what the user's display() prints
 
 
@@ -63,17 +65,17 @@ class _Compiler(CachingCompiler):
 
 
 class _DisplayHook(DisplayHook):
-    """Sends the value of the cell's last expression to the notebook, as rank 0; the other ranks' are not shown."""
+    """Sends the value of the cell's last expression to the notebook."""
 
     def quiet(self) -> bool:
         return bool(self.shell.cell_is_quiet)
 
     def __call__(self, result: Any = None) -> None:
-        if result is None or self.quiet() or not self.shell.shows_value:
+        if result is None or self.quiet():
             return
         data, metadata = self.compute_format_data(result)
         if data:
-            self.shell.publish(_jsonable(data), metadata, {}, False, True)
+            self.shell.publish(_showable(data), metadata, {}, False, True)
 
 
 class _DisplayPublisher(DisplayPublisher):
@@ -89,10 +91,11 @@ class _DisplayPublisher(DisplayPublisher):
         update: bool = False,
         **_: Any,
     ) -> None:
-        self.shell.publish(_jsonable(data), metadata or {}, transient or {}, update, False)
+        self.shell.publish(_showable(data), metadata or {}, transient or {}, update, False)
 
     def clear_output(self, wait: bool = False) -> None:
-        """Do nothing: what one rank shows is not another's to clear."""
+        """Take away what this rank has shown in the notebook; what the others have shown is theirs."""
+        self.shell.clear(wait)
 
 
 class RankShell(InteractiveShell):
@@ -100,7 +103,7 @@ class RankShell(InteractiveShell):
 
     Attributes:
         publish: Where mime bundles go.
-        shows_value: Whether the value of the last expression is shown.
+        clear: What ``clear_output`` calls.
         traceback: The lines of the last traceback, as the notebook would show them.
     """
 
@@ -109,11 +112,16 @@ class RankShell(InteractiveShell):
     compiler_class = _Compiler
 
     publish: Publish = staticmethod(_print_plain)
-    shows_value = True
+    clear: Callable[[bool], None] = staticmethod(lambda _: None)
     cell_is_quiet = False
     traceback: tuple[str, ...] = ()
     _cells: Mapping[str, int] = MappingProxyType({})
     _interrupted: bool | None = None
+
+    def settings(self, traits: Mapping[str, Any]) -> None:
+        """Set traits of classes that are made later, such as how figures are drawn inline."""
+        if traits:
+            self.update_config(Config(dict(traits)))
 
     def enable_gui(self, gui: str | None = None) -> None:
         """Accept what ``%matplotlib`` asks for; a rank has no event loop of a user interface."""
@@ -284,6 +292,14 @@ def make(directory: str) -> RankShell:
     return shell
 
 
-def _jsonable(data: dict[str, Any]) -> dict[str, Any]:
-    """Return a mime bundle whose images are text, as the Jupyter protocol has them."""
+_WIDGET = "application/vnd.jupyter.widget-view+json"
+
+
+def _showable(data: dict[str, Any]) -> dict[str, Any]:
+    """Return a mime bundle as the notebook can show it: images as text, and a sentence instead of a widget."""
+    if _WIDGET in data:
+        what = str(data.get("text/plain", "")).split("(")[0].strip() or "this"
+        bar = " For progress bars, from tqdm.auto import tqdm." if "tqdm.notebook" in sys.modules else ""
+        text = f"nbddp: {what} is a widget; widgets talk to the notebook's kernel, and work only there.{bar}"
+        return {"text/plain": text}
     return {k: base64.b64encode(v).decode("ascii") if isinstance(v, bytes) else v for k, v in data.items()}

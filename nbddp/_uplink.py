@@ -32,17 +32,12 @@ _PIPE_SIZE = 1 << 20
 _F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", None)
 
 
-def mark(secret: str, number: int) -> bytes:
-    """Return what a rank writes to its output where its display `number` belongs."""
-    return f"\x00nbddp:{secret}:{number}\x00".encode()
-
-
 class Uplink:
     """The rank's connection to the kernel that waits for it, and its stdout and stderr from then on.
 
     Both streams go into one pipe, at the level of file descriptors: C++, NCCL and child processes are heard too, and
-    everything keeps the order in which it was written. Displays go over the socket; a mark in the pipe says where each
-    belongs.
+    everything keeps the order in which it was written. What Python writes to stderr stands between marks. Displays go
+    over the socket; a mark in the pipe says where each belongs.
     """
 
     def __init__(self, run: RunDir, secret: str) -> None:
@@ -58,8 +53,8 @@ class Uplink:
         os.dup2(into, 2)
         os.close(into)
         # New ones: the inherited took descriptor 1 for a file.
-        sys.stdout = sys.__stdout__ = _text_stream(1)  # type: ignore[misc]
-        sys.stderr = sys.__stderr__ = _text_stream(2)  # type: ignore[misc]
+        sys.stdout = sys.__stdout__ = _text_stream(open(1, "wb", closefd=False))  # type: ignore[misc]  # noqa: SIM115
+        sys.stderr = sys.__stderr__ = _text_stream(io.BufferedWriter(_MarkedStderr(secret)))  # type: ignore[misc]
         rank = int(os.environ["RANK"])
         self._stacks = open(run.stacks(rank), "wb")  # noqa: SIM115  # faulthandler keeps its descriptor
         faulthandler.enable(self._stacks, all_threads=False)
@@ -88,6 +83,9 @@ class Uplink:
             for message in inbox.receive():
                 if message["kind"] == "interrupted":
                     spot = _main_threads_spot()
+                elif message["kind"] == "look":
+                    with contextlib.suppress(OSError):  # the kernel is gone
+                        self._send("at", **_where())
                 elif message["kind"] == "break off" and spot is not None and spot == _main_threads_spot():
                     _process.break_off()
 
@@ -96,10 +94,7 @@ class Uplink:
     ) -> None:
         """Have the notebook show a mime bundle after what has been printed so far."""
         with self._lock, _whole():
-            flush()
-            self._displays += 1
-            with contextlib.suppress(OSError):  # the cell has closed descriptor 1: it is shown at the end
-                os.write(1, mark(self._secret, self._displays))
+            self._mark()
             _wire.send(
                 self._sock,
                 "display",
@@ -111,21 +106,59 @@ class Uplink:
                 value=value,
             )
 
-    def begin(self) -> None:
-        """Tell that the cell begins: from here on an interrupt is the cell's to handle."""
+    def clear(self, wait: bool) -> None:
+        """Have the notebook take away what this rank has shown; with `wait`, when it shows something else."""
         with self._lock, _whole():
-            _wire.send(self._sock, "begin")
+            self._mark()
+            _wire.send(self._sock, "display", number=self._displays, value=False, clear="wait" if wait else "now")
+
+    def begin(self, cell: str) -> None:
+        """Tell that the cell begins, whose code has this file name: from here on an interrupt is its to handle."""
+        global _cell
+        _cell = cell
+        self._send("begin")
+
+    def _send(self, kind: str, **fields: Any) -> None:
+        with self._lock, _whole():
+            _wire.send(self._sock, kind, **fields)
+
+    def _mark(self) -> None:
+        """Mark the place of the next display in the output."""
+        flush()
+        self._displays += 1
+        with contextlib.suppress(OSError):  # the cell has closed descriptor 1: it is shown at the end
+            os.write(1, _wire.mark(self._secret, str(self._displays)))
 
     def report(self, **outcome: Any) -> None:
         """Tell how the cell ended."""
-        with self._lock, _whole():
-            _wire.send(self._sock, "report", time=time.monotonic(), **outcome)
+        self._send("report", time=time.monotonic(), **outcome)
 
     def end(self) -> None:
         """Tell that nothing more is to come; what is printed after this is not shown."""
         with self._lock, _whole():
             flush()
             _wire.send(self._sock, "end")
+
+
+# The file name of the cell's code.
+_cell = ""
+
+# Where torch's collectives are: the name of the function that was called tells which one it is.
+_COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
+
+
+def _where() -> dict[str, Any]:
+    """Return the collective that the main thread waits in and the line of the cell that it is at, None if neither."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    waits = line = None
+    while frame is not None and line is None:
+        file = frame.f_code.co_filename
+        if file.endswith(_COLLECTIVES):
+            waits = frame.f_code.co_name
+        elif file == _cell:
+            line = frame.f_lineno
+        frame = frame.f_back
+    return {"waits": waits, "line": line}
 
 
 def _main_threads_spot() -> tuple[Any, int] | None:
@@ -143,10 +176,41 @@ def _whole() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _text_stream(fd: int) -> io.TextIOWrapper:
-    """Return a stream that writes each line to a descriptor in one piece, and can write any string."""
-    raw = open(fd, "wb", closefd=False)  # noqa: SIM115  # it lives as long as the process
-    return io.TextIOWrapper(raw, encoding="utf-8", errors="backslashreplace", line_buffering=True)
+def _text_stream(buffer: io.BufferedWriter) -> io.TextIOWrapper:
+    """Return a stream that writes each line in one piece, and can write any string."""
+    return io.TextIOWrapper(buffer, encoding="utf-8", errors="backslashreplace", line_buffering=True)
+
+
+class _MarkedStderr(io.RawIOBase):
+    """Descriptor 2, with marks around what is written as long as it is the pipe to the notebook."""
+
+    def __init__(self, secret: str) -> None:
+        self._before, self._after = _wire.mark(secret, "e"), _wire.mark(secret, "o")
+        self._pipe = _identity(2)
+
+    def fileno(self) -> int:
+        return 2
+
+    def isatty(self) -> bool:
+        return False
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        data = bytes(data)
+        # The cell, or a library, may have sent descriptor 2 elsewhere.
+        whole = self._before + data + self._after if _identity(2) == self._pipe else data
+        with _whole():
+            view = memoryview(whole)
+            while view:
+                view = view[os.write(2, view) :]
+        return len(data)
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino
 
 
 def flush() -> None:

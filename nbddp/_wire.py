@@ -24,6 +24,11 @@ _MAX_FDS = 4
 _MAX_PATH = 100
 
 
+def mark(secret: str, what: str) -> bytes:
+    """Return what stands in a rank's output: the number of a display, or "e" and "o" around what went to stderr."""
+    return f"\0nbddp:{secret}:{what}\0".encode()
+
+
 def encode(kind: str, **fields: Any) -> bytes:
     """Return the bytes of a message of this kind."""
     body = json.dumps({"kind": kind, **fields}, separators=(",", ":"), default=str).encode()

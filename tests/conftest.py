@@ -10,11 +10,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
 from tests.kernel import Kernel
+
+if TYPE_CHECKING:
+    from tests.lab import Lab
 
 # Processes that a test has started may take this long to be gone after it.
 _GONE_SECONDS = 8.0
@@ -85,6 +89,26 @@ def new_kernel(_kernels: list[Kernel]) -> Iterator[Callable[..., Kernel]]:
     for kernel in own:
         kernel.close()
         _kernels.remove(kernel)
+
+
+@pytest.fixture(scope="module")
+def _module_lab(private_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    # Of a module, not of the session: while a browser is open, asyncio refuses to run another loop in this thread.
+    from tests.lab import BROWSERS, Lab, browser_path
+
+    browser = browser_path()
+    if browser is None:
+        pytest.skip(f"NOT TESTED: nbddp in JupyterLab; that takes a browser on PATH, one of {', '.join(BROWSERS)}")
+    lab = Lab(tmp_path_factory.mktemp("lab"), browser)
+    yield lab
+    lab.close()
+
+
+@pytest.fixture
+def lab(_module_lab: Lab) -> Iterator[Lab]:
+    """JupyterLab in a browser; starting it takes seconds, so that a module's tests share it, and its page."""
+    yield _module_lab
+    _module_lab.close_notebooks()
 
 
 @pytest.fixture
@@ -172,3 +196,16 @@ def _marked() -> list[psutil.Process]:
             if environ.get("NBDDP_TEST_RUN") == str(os.getpid()) and "NBDDP_SESSION" in environ:
                 found.append(process)
     return found
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say at the end, where it is read, what this machine could not test."""
+    reasons = {
+        report.longrepr[2].removeprefix("Skipped: ")
+        for report in terminalreporter.stats.get("skipped", [])
+        if isinstance(report.longrepr, tuple)
+    }
+    if untested := sorted(reason for reason in reasons if reason.startswith("NOT TESTED")):
+        terminalreporter.section("not tested on this machine", yellow=True, bold=True)
+        for reason in untested:
+            terminalreporter.line(reason, yellow=True)

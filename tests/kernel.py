@@ -14,6 +14,7 @@ from typing import Any
 from jupyter_client.manager import KernelManager
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_LABEL_COLOUR = re.compile(r"\x1b\[38;5;\d+m([\[(]rank +\d+[\])])\x1b\[0m")
 
 
 @dataclass
@@ -32,6 +33,11 @@ class Reply:
 
     @property
     def text(self) -> str:
+        """What was printed, without the colours of nbddp's labels."""
+        return _LABEL_COLOUR.sub(r"\1", self.raw)
+
+    @property
+    def raw(self) -> str:
         """What was printed."""
         return "".join(content["text"] for kind, content in self.outputs if kind == "stream")
 
@@ -66,8 +72,18 @@ class Reply:
 
     @property
     def displays(self) -> list[dict[str, Any]]:
-        """The mime bundles that were displayed."""
-        return [c["data"] for kind, c in self.outputs if kind == "display_data"]
+        """The mime bundles that were displayed, without the panel."""
+        return [c["data"] for kind, c in self.outputs if kind == "display_data" and not _is_panel(c["data"])]
+
+    @property
+    def panels(self) -> list[dict[str, Any]]:
+        """The states of the panel, one after the other."""
+        kinds = ("display_data", "update_display_data")
+        return [c["data"] for kind, c in self.outputs if kind in kinds and _is_panel(c["data"])]
+
+
+def _is_panel(data: dict[str, Any]) -> bool:
+    return bool(data.get("text/plain", "").startswith("nbddp:"))
 
 
 class Kernel:

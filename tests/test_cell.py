@@ -30,7 +30,7 @@ p = Point(-3)
 """
     )
     reply = kernel.ok("%%ddp --cpus 1\nprint(double(4), p.norm(), type(p) is Point, list(OrderedDict(a=1)))")
-    assert reply.text == "[rank 0] 18 3.0 True ['a']\n"
+    assert reply.text == "18 3.0 True ['a']\n"
 
 
 def test_a_collective_works_without_any_setup(kernel: Kernel) -> None:
@@ -56,6 +56,12 @@ def test_value_of_the_last_expression_is_shown(kernel: Kernel) -> None:
     reply = kernel.ok("%%ddp --cpus 2\nrank + 41")
     assert reply.value is not None
     assert reply.value["text/plain"] == "41"
+    assert reply.text == "[rank 1] 42\n"
+
+
+def test_values_that_are_the_same_are_shown_once(kernel: Kernel) -> None:
+    reply = kernel.ok("%%ddp --cpus 3\n'all the same'")
+    assert reply.value == {"text/plain": "'all the same'"}
     assert reply.text == ""
 
 
@@ -67,7 +73,7 @@ def test_a_semicolon_hides_the_value(kernel: Kernel) -> None:
 def test_the_notebooks_own_names_win(kernel: Kernel, name: str) -> None:
     kernel.ok(f"{name} = 'mine'")
     reply = kernel.ok(f"%%ddp --cpus 1\nprint({name})")
-    assert reply.lines[0] == "[rank 0] mine"
+    assert reply.lines[0] == "mine"
     kernel.ok(f"del {name}")
     if name != "device":  # of which there is one on a machine without GPUs
         assert reply.lines[1:] == [
@@ -87,27 +93,27 @@ def test_ipython_syntax_works_in_ranks(kernel: Kernel) -> None:
         "%time x = 5\n"
         "print(x)"
     )
-    assert "[rank 0] shell hi hi" in reply.text
-    assert "[rank 0] captured" in reply.text
-    assert "[rank 0] 5" in reply.text
+    assert "shell hi hi" in reply.text
+    assert "captured" in reply.text
+    assert "5" in reply.text
 
 
 def test_a_cell_magic_inside_the_cell(kernel: Kernel) -> None:
     kernel.ok("n = 3")
-    assert "[rank 0] 9" in kernel.ok("%%ddp --cpus 1\n%%time\nprint(n * n)").text
+    assert "9" in kernel.ok("%%ddp --cpus 1\n%%time\nprint(n * n)").text
 
 
 def test_globals_are_one_namespace(kernel: Kernel) -> None:
     kernel.ok("counter = 0\ndef bump():\n    global counter\n    counter += 1\n    return helper()")
     reply = kernel.ok("%%ddp --cpus 1\ndef helper():\n    return 'new'\nprint(bump(), bump(), counter)")
-    assert reply.text == "[rank 0] new new 2\n"
+    assert reply.text == "new new 2\n"
     assert kernel.get("counter") == 0
 
 
 def test_no_name_of_nbddps_own_is_in_the_way(kernel: Kernel) -> None:
     kernel.ok("CELL = CLOSURE = SOURCES = 'mine'")
     reply = kernel.ok("%%ddp --cpus 1\nprint(CELL, CLOSURE, SOURCES, [n for n in dir() if 'nbddp' in n])")
-    assert reply.text == "[rank 0] mine mine mine ['__nbddp__']\n"
+    assert reply.text == "mine mine mine ['__nbddp__']\n"
 
 
 def test_a_cells_number_is_the_notebooks(new_kernel: Callable[..., Kernel]) -> None:
@@ -131,9 +137,9 @@ def test_caches_slots_and_new_types_of_the_notebook(kernel: Kernel) -> None:
         "%%ddp --cpus 1 --out p, back, l\np, back, l = Point(5), fib, lazy\n"
         "print(fib(30), fib.cache_parameters()['maxsize'], hasattr(p, '__dict__'), lazy.value, lazy.twice(4), Id(3))"
     )
-    assert reply.text == "[rank 0] 832040 7 False 5 8 3\n"
+    assert reply.text == "832040 7 False 5 8 3\n"
     assert kernel.get("p == Point(5), back is fib, type(l) is Lazy, l.value") == (True, True, True, 5)
 
 
 def test_exit_ends_a_rank_as_it_ends_a_script(kernel: Kernel) -> None:
-    assert kernel.ok("%%ddp --cpus 1\nprint('before')\nexit()\nprint('after')").text == "[rank 0] before\n"
+    assert kernel.ok("%%ddp --cpus 1\nprint('before')\nexit()\nprint('after')").text == "before\n"

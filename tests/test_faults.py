@@ -133,7 +133,7 @@ def test_output_before_a_death_is_not_lost(kernel: Kernel) -> None:
         "%%ddp --cpus 1\nimport os\nprint('last', 'words', end='')\n"
         "import sys; sys.stdout.flush()\nos.kill(os.getpid(), 9)"
     )
-    assert reply.text == "[rank 0] last words\n"
+    assert reply.text == "last words\n"
 
 
 def test_a_timeout_says_where_the_ranks_were(kernel: Kernel) -> None:
@@ -235,7 +235,7 @@ def test_an_interrupt_after_a_failure_does_not_hide_it(kernel: Kernel) -> None:
     reply = kernel.run_and(
         "%%ddp --cpus 1\nimport atexit, time\natexit.register(time.sleep, 20)\n"
         "print('up', flush=True)\nraise ValueError('the reason')",
-        "[rank 0] up",
+        "up",
         lambda: (time.sleep(0.5), kernel.interrupt()),
     )
     assert reply.message == "rank 0 raised ValueError: the reason"

@@ -142,7 +142,7 @@ def test_the_handler_is_as_before(kernel: Kernel) -> None:
 def test_interrupting_the_idle_kernel_does_no_harm(kernel: Kernel) -> None:
     kernel.interrupt()
     time.sleep(0.2)
-    assert kernel.ok("%%ddp --cpus 1\nprint('fine')").text == "[rank 0] fine\n"
+    assert kernel.ok("%%ddp --cpus 1\nprint('fine')").text == "fine\n"
 
 
 def test_a_shell_command_in_a_rank_is_interrupted_too(kernel: Kernel) -> None:
@@ -159,7 +159,7 @@ def test_a_display_that_is_under_way_is_not_torn(kernel: Kernel) -> None:
         "    def __repr__(self):\n        return 'big'\n"
         "try:\n    while True:\n        display(Big())\n"
         "except KeyboardInterrupt:\n    display('last')\n    raise",
-        "[rank 0] up",
+        "up",
         lambda: (time.sleep(0.2), kernel.interrupt()),
     )
     assert reply.error == "KeyboardInterrupt"

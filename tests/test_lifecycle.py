@@ -54,7 +54,7 @@ def test_load_unload_load_leaves_the_shell_as_it_was(new_kernel: Callable[..., K
     kernel.ok("state = [shell_state()]")
     for _ in range(2):
         kernel.ok("%load_ext nbddp")
-        assert kernel.ok("%%ddp --cpus 1\nprint('fine')").text == "[rank 0] fine\n"
+        assert kernel.ok("%%ddp --cpus 1\nprint('fine')").text == "fine\n"
         kernel.ok("%unload_ext nbddp")
         kernel.ok("state.append(shell_state())")
     assert (
@@ -66,7 +66,7 @@ def test_load_unload_load_leaves_the_shell_as_it_was(new_kernel: Callable[..., K
     assert "not found" in kernel.run("%%ddp --cpus 1\npass").text
     kernel.ok("%load_ext nbddp")
     kernel.ok("%reload_ext nbddp")
-    assert kernel.ok("%%ddp --cpus 1\nprint('again')").text == "[rank 0] again\n"
+    assert kernel.ok("%%ddp --cpus 1\nprint('again')").text == "again\n"
 
 
 def test_loading_returns_at_once(new_kernel: Callable[..., Kernel]) -> None:
@@ -110,7 +110,7 @@ def test_the_idle_launcher_has_one_thread_and_has_imported_what_ranks_need(kerne
         text = kernel.ok(
             "%%ddp --cpus 1\nimport sys\nprint(*[m for m in ('torch._dynamo', 'stack_data') if m in sys.modules])"
         ).text
-    assert text == "[rank 0] torch._dynamo stack_data\n"
+    assert text == "torch._dynamo stack_data\n"
     assert launcher_of(kernel).num_threads() == 1
 
 
@@ -220,7 +220,7 @@ def test_everything_is_private(kernel: Kernel) -> None:
         "for name in (os.path.dirname(run), run, run + '/cell.py', run + '/socket'):\n"
         "    print(oct(os.stat(name).st_mode)[-3:])"
     )
-    assert reply.text.split()[2::3] == ["700", "700", "600", "600"]
+    assert reply.text.split() == ["700", "700", "600", "600"]
     session = kernel.get("__import__('nbddp')._function.client.session.root")
     assert oct(os.stat(session).st_mode)[-3:] == "700"
     shm = Path("/dev/shm", os.path.basename(session))
@@ -231,7 +231,7 @@ def test_a_killed_launcher_is_replaced(new_kernel: Callable[..., Kernel]) -> Non
     kernel = new_kernel()
     kernel.ok("%%ddp --cpus 1\npass")
     launcher_of(kernel).kill()
-    assert kernel.ok("%%ddp --cpus 1\nprint('fine')").text == "[rank 0] fine\n"
+    assert kernel.ok("%%ddp --cpus 1\nprint('fine')").text == "fine\n"
 
 
 def test_a_kernel_killed_while_the_launcher_imports(new_kernel: Callable[..., Kernel]) -> None:
@@ -266,7 +266,7 @@ def test_a_broken_package_that_torch_would_like_does_no_harm(new_kernel: Callabl
     (tmp_path / "mpmath.py").write_text("raise AttributeError('broken')")
     kernel = new_kernel(env={"PYTHONPATH": str(tmp_path)})
     for _ in range(2):
-        assert kernel.ok("%%ddp --cpus 1\nprint(1)").text == "[rank 0] 1\n"
+        assert kernel.ok("%%ddp --cpus 1\nprint(1)").text == "1\n"
         time.sleep(1)
 
 
@@ -274,7 +274,7 @@ def test_a_session_directory_that_was_cleared_away_is_made_anew(new_kernel: Call
     kernel = new_kernel()
     kernel.ok("%%ddp --cpus 1\npass")
     kernel.ok("import shutil, nbddp._function as f\nshutil.rmtree(f.client.session.root)")
-    assert kernel.ok("%%ddp --cpus 1\nprint('again')").text == "[rank 0] again\n"
+    assert kernel.ok("%%ddp --cpus 1\nprint('again')").text == "again\n"
 
 
 # As on a machine with GPUs: the prompt comes back when every process is gone.
@@ -300,10 +300,10 @@ def test_a_timeout_that_passes_after_the_cell_changes_nothing(new_kernel: Callab
     kernel.ok(WAIT_UNTIL_GONE)
     # Something that takes long after the rank's last word, as NCCL's clean-up may.
     reply = kernel.ok(
-        "%%ddp --cpus 2 --timeout 2 --out x\nimport time, torch.distributed as dist\nx = 5\n"
-        "def slow():\n    time.sleep(2.5)\ndist.destroy_process_group = slow"
+        "%%ddp --cpus 2 --timeout 4 --out x\nimport time, torch.distributed as dist\nx = 5\n"
+        "def slow():\n    time.sleep(4.5)\ndist.destroy_process_group = slow"
     )
-    assert reply.seconds > 2
+    assert reply.seconds > 4
     assert kernel.get("x") == 5
 
 
@@ -362,7 +362,7 @@ def test_a_full_temporary_directory(new_kernel: Callable[..., Kernel], small_dis
     kernel = new_kernel(load=False)
     kernel.ok(f"import tempfile\ntempfile.tempdir = {str(small_disk)!r}\nx = 'kept'")
     kernel.ok("%load_ext nbddp")
-    assert kernel.ok("%%ddp --cpus 1\nprint('fits')").text == "[rank 0] fits\n"
+    assert kernel.ok("%%ddp --cpus 1\nprint('fits')").text == "fits\n"
     fill(small_disk)
     reply = kernel.run("%%ddp --cpus 1\nprint(x)")
     assert reply.error == "LaunchError"
@@ -370,7 +370,7 @@ def test_a_full_temporary_directory(new_kernel: Callable[..., Kernel], small_dis
     assert "Either make room there, or set TMPDIR to another folder" in reply.message
     assert kernel.get("x") == "kept"
     (small_disk / "filler").unlink()
-    assert kernel.ok("%%ddp --cpus 1\nprint(x)").text == "[rank 0] kept\n"
+    assert kernel.ok("%%ddp --cpus 1\nprint(x)").text == "kept\n"
 
 
 def test_a_read_only_temporary_directory(new_kernel: Callable[..., Kernel], small_disk: Path) -> None:

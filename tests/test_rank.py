@@ -24,7 +24,7 @@ def test_thread_limits_follow_the_ranks(kernel: Kernel) -> None:
         "print(torch.get_num_threads(), blas['openblas'], os.environ['OMP_NUM_THREADS'])"
     )
     cores = len(os.sched_getaffinity(0))
-    assert kernel.ok(f"%%ddp --cpus 1\n{probe}").text == f"[rank 0] {cores} {cores} {cores}\n"
+    assert kernel.ok(f"%%ddp --cpus 1\n{probe}").text == f"{cores} {cores} {cores}\n"
     each = max(1, cores // 2)
     assert kernel.ok(f"%%ddp --cpus 2\n{probe}").lines == [f"[rank {r}] {each} {each} {each}" for r in (0, 1)]
     assert kernel.ok(f"%%ddp --cpus 2 --env OMP_NUM_THREADS=3\n{probe}").lines == ["[rank 0] 3 3 3", "[rank 1] 3 3 3"]
@@ -39,7 +39,7 @@ def test_more_threads_than_the_launcher_had_really_work(kernel: Kernel) -> None:
             "print(torch", "import os\nprint(torch"
         )
     )
-    assert reply.text.splitlines() == ["[rank 0] True", "[rank 0] 10000000.0 True"]
+    assert reply.text.splitlines() == ["True", "10000000.0 True"]
 
 
 def test_random_state_differs_from_rank_to_rank_and_run_to_run(kernel: Kernel) -> None:
@@ -62,7 +62,7 @@ def test_seeds_give_what_they_give_under_torchrun(kernel: Kernel) -> None:
         "print(torch.rand(1).item(), np.random.rand())"
     )
     bare = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert reply.text == f"[rank 0] {bare.stdout}"
+    assert reply.text == f"{bare.stdout}"
 
 
 def test_environment_directory_umask_and_path_are_the_notebooks(kernel: Kernel, tmp_path: Path) -> None:
@@ -78,16 +78,16 @@ def test_environment_directory_umask_and_path_are_the_notebooks(kernel: Kernel, 
         "'PYTORCH_NVML_BASED_CUDA_CHECK' in os.environ)"
     )
     kernel.ok("os.umask(old); del os.environ['MINE']")
-    assert reply.text.splitlines() == [f'[rank 0] {folder} ü "x 1', "[rank 0] 0o640 False False"]
+    assert reply.text.splitlines() == [f'{folder} ü "x 1', "0o640 False False"]
 
 
 def test_an_edited_module_is_seen_fresh(kernel: Kernel, tmp_path: Path) -> None:
     module = tmp_path / "edited.py"
     module.write_text("VALUE = 'first'\n")
     kernel.ok(f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\nimport edited")
-    assert kernel.ok("%%ddp --cpus 1\nprint(edited.VALUE)").text == "[rank 0] first\n"
+    assert kernel.ok("%%ddp --cpus 1\nprint(edited.VALUE)").text == "first\n"
     module.write_text("VALUE = 'a longer second'\n")
-    assert kernel.ok("%%ddp --cpus 1\nprint(edited.VALUE)").text == "[rank 0] a longer second\n"
+    assert kernel.ok("%%ddp --cpus 1\nprint(edited.VALUE)").text == "a longer second\n"
 
 
 def test_files_named_like_the_standard_library_do_no_harm(new_kernel: Callable[..., Kernel], tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ def test_files_named_like_the_standard_library_do_no_harm(new_kernel: Callable[.
     for name in ("queue", "random", "tokenize", "code", "types", "numbers"):
         (tmp_path / f"{name}.py").write_text("raise RuntimeError('shadow')\n")
     kernel.ok("%load_ext nbddp")
-    assert kernel.ok("%%ddp --cpus 1\nprint('fine')").text == "[rank 0] fine\n"
+    assert kernel.ok("%%ddp --cpus 1\nprint('fine')").text == "fine\n"
 
 
 def test_a_variable_that_torch_reads_when_it_loads_takes_effect(kernel: Kernel) -> None:
@@ -114,7 +114,7 @@ def test_a_variable_that_torch_reads_when_it_loads_takes_effect(kernel: Kernel) 
     )
     assert reply.text == (
         "nbddp: PYTHONHASHSEED, TORCH_SHOW_CPP_STACKTRACES changed, which torch reads when it loads; loading it anew\n"
-        f"[rank 0] {bare.stdout}"
+        f"{bare.stdout}"
     )
     kernel.ok("%%ddp --cpus 1 --env HARMLESS=1\npass")
     assert kernel.get("f.client._process.pid != before") is True
@@ -143,7 +143,7 @@ def test_signal_handlers_are_pythons_own(kernel: Kernel) -> None:
         "signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, signal.getsignal(signal.SIGCHLD) == signal.SIG_DFL, "
         "signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set())"
     )
-    assert reply.text == "[rank 0] True True True True\n"
+    assert reply.text == "True True True True\n"
 
 
 def test_nothing_of_the_launcher_is_open_in_a_rank(kernel: Kernel) -> None:
@@ -163,12 +163,12 @@ def test_main_is_the_script_and_the_interpreter_is_not_interactive(kernel: Kerne
         "print(__main__.x, __name__, vars(__main__) is globals(), hasattr(sys, 'ps1'), "
         "len(sys.argv), get_ipython() is not None)"
     )
-    assert reply.text == "[rank 0] 5 __main__ True False 1 True\n"
+    assert reply.text == "5 __main__ True False 1 True\n"
 
 
 def test_temporary_files_go_where_they_go_in_the_notebook(kernel: Kernel) -> None:
     kernel.ok("import tempfile\nexpected = tempfile.gettempdir()")
-    assert kernel.ok("%%ddp --cpus 1\nprint(tempfile.gettempdir() == expected)").text == "[rank 0] True\n"
+    assert kernel.ok("%%ddp --cpus 1\nprint(tempfile.gettempdir() == expected)").text == "True\n"
 
 
 SELF_INITIALISED = """
@@ -229,12 +229,12 @@ def test_sources_of_notebook_code_are_known_in_the_rank(kernel: Kernel) -> None:
         "%%ddp --cpus 1\nwarnings.simplefilter('ignore')\nprint('commented' in inspect.getsource(double))\n"
         "print(torch.jit.script(double)(torch.ones(1)).item())"
     )
-    assert reply.text.splitlines() == ["[rank 0] True", "[rank 0] 2.0"]
+    assert reply.text.splitlines() == ["True", "2.0"]
 
 
 def test_the_cells_own_source_is_known(kernel: Kernel) -> None:
     reply = kernel.ok("%%ddp --cpus 1\nimport inspect\ndef f():\n    return 1\nprint(inspect.getsource(f))")
-    assert reply.text == "[rank 0] def f():\n[rank 0]     return 1\n[rank 0] \n"
+    assert reply.text == "def f():\n    return 1\n\n"
 
 
 def test_tensors_are_shared_copy_on_write(kernel: Kernel) -> None:

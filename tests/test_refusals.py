@@ -92,7 +92,7 @@ def test_refused_before_launch(kernel: Kernel, case: str) -> None:
 
 def test_the_notebooks_own_streams_are_the_ranks_own(kernel: Kernel) -> None:
     kernel.ok("import sys\nout = sys.stdout\ndef log(text, to=sys.stdout): print(text, file=to)")
-    assert kernel.ok("%%ddp --cpus 1\nlog('hello', out)\nlog('you')").lines == ["[rank 0] hello", "[rank 0] you"]
+    assert kernel.ok("%%ddp --cpus 1\nlog('hello', out)\nlog('you')").lines == ["hello", "you"]
 
 
 def test_an_object_that_only_the_rank_cannot_build(kernel: Kernel) -> None:
@@ -116,7 +116,7 @@ def test_a_cell_that_is_rebound_while_it_is_captured(kernel: Kernel) -> None:
     )
     reply = kernel.ok("get_ipython().run_line_magic('config', 'DDPMagics.grace = 5'); thread.start()")
     reply = kernel.ok("%%ddp --cpus 1\nprint(value, slow)")
-    assert reply.text == "[rank 0] old []\n"
+    assert reply.text == "old []\n"
     assert kernel.get("value") == "new"
     kernel.ok("thread.join()")
 
@@ -145,7 +145,7 @@ def test_memory_that_runs_out_while_capturing(new_kernel: Callable[..., Kernel])
     assert "cannot send 'greedy' (Greedy), used on line 2 of the cell, to the ranks: there is not enough memory" in (
         reply.message
     )
-    assert kernel.ok("%%ddp --cpus 1\nprint(fine)").text == "[rank 0] 1\n"
+    assert kernel.ok("%%ddp --cpus 1\nprint(fine)").text == "1\n"
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def test_the_script_of_a_run_is_deleted(kernel: Kernel) -> None:
         "%%ddp --cpus 1\nimport os, __main__\nfolder = os.path.dirname(__main__.__file__)\n"
         "print(__main__.__file__, oct(os.stat(folder).st_mode), oct(os.stat(__main__.__file__).st_mode))"
     )
-    path, folder_mode, mode = reply.text.removeprefix("[rank 0] ").split()
+    path, folder_mode, mode = reply.text.split()
     assert folder_mode.endswith("700")
     assert mode.endswith("600")
     assert not os.path.exists(path)
@@ -140,7 +140,7 @@ def test_the_script_of_a_run_is_deleted(kernel: Kernel) -> None:
 
 def test_it_is_deleted_after_a_failure_too(kernel: Kernel) -> None:
     reply = kernel.run("%%ddp --cpus 1\nimport __main__\nprint(__main__.__file__)\n1/0")
-    assert not os.path.exists(reply.text.removeprefix("[rank 0] ").strip())
+    assert not os.path.exists(reply.text.strip())
 
 
 def test_hostile_names_of_the_temporary_directory(new_kernel: Callable[..., Kernel], private_folders: Path) -> None:

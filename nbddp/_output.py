@@ -1,0 +1,177 @@
+"""The output of one rank: its log, byte for byte, and its text, line by line.
+
+::
+
+    pipe ──bytes──> log file                              all of it, for %ddp log
+             └────> stdout's lines ─┬─> blocks of lines   and, between them, where displays belong
+             └────> stderr's lines ─┘
+
+A rank's two streams share a pipe, so that what it writes keeps its order. What Python writes to stderr stands between
+marks; so do the places of displays. (C++, NCCL and child processes write without marks, and count as stdout.)
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+from collections import deque
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from nbddp._lines import Lines
+from nbddp._wire import mark
+
+# Of the end of a rank's output, for the fold under a finished run: characters.
+_RECENT = 4_000
+
+
+class Text(NamedTuple):
+    """Complete lines of one stream."""
+
+    text: str
+    stderr: bool
+
+
+class RankOutput:
+    """Takes the bytes of one rank.
+
+    Attributes:
+        rank: Its number.
+        hidden_lines: How many lines were not shown.
+        hidden_chars: Their length.
+        lines: How many lines there were.
+        recent: The end of its text.
+        last_line: Its last line that is not empty.
+    """
+
+    def __init__(self, rank: int, log: str, secret: str, tail_limit: int) -> None:
+        self.rank = rank
+        self.hidden_lines = self.hidden_chars = self.lines = 0
+        self.recent = self.last_line = ""
+        self._mark = mark(secret, "")[:-1]
+        self._back_and_forth = mark(secret, "o") + mark(secret, "e")
+        self._bytes = b""
+        # A character may be split between two reads; what is no UTF-8 is shown as replacement characters.
+        self._decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(2)]
+        self._streams = [Lines(), Lines()]
+        self._stderr = False
+        self._tail: deque[Text] = deque()
+        self._tail_limit = tail_limit
+        self._tail_size = 0
+        self._log_fd: int | None = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def feed(self, data: bytes) -> Iterator[Text | int]:
+        """Take what the rank wrote; yield complete lines and the numbers of displays, in order."""
+        self._bytes += data
+        if b"\0" in self._bytes:
+            self._bytes = self._bytes.replace(self._back_and_forth, b"")
+        while (start := self._bytes.find(self._mark)) >= 0:
+            end = self._bytes.find(b"\0", start + len(self._mark))
+            if end < 0:
+                break
+            before, what = self._bytes[:start], self._bytes[start + len(self._mark) : end]
+            self._bytes = self._bytes[end + 1 :]
+            yield from self._lines(before)
+            if what in (b"e", b"o"):
+                self._stderr = what == b"e"
+            else:
+                yield from self._rest()
+                yield int(what)
+        # A mark may still be incomplete at the end; only what cannot be one is text.
+        start = self._bytes.rfind(b"\0", max(0, len(self._bytes) - len(self._mark) - 20))
+        complete = len(self._bytes) if start < 0 or not _may_be(self._bytes[start:], self._mark) else start
+        text, self._bytes = self._bytes[:complete], self._bytes[complete:]
+        yield from self._lines(text)
+
+    def settle(self) -> Iterator[Text]:
+        """Yield lines that were held back in case they are drawn on, after a while without any."""
+        for stderr, stream in enumerate(self._streams):
+            yield from self._told(stream.settle(), bool(stderr))
+
+    @property
+    def waits(self) -> bool:
+        """Whether `settle` would yield something."""
+        return any(stream.waits for stream in self._streams)
+
+    def finish(self) -> Iterator[Text]:
+        """Yield what is left at the end, as complete lines; the log is closed."""
+        yield from self._lines(self._bytes)
+        self._bytes = b""
+        yield from self._rest()
+        self.close()
+
+    def close(self) -> None:
+        """Close the log; safe to call twice."""
+        if self._log_fd is not None:
+            os.close(self._log_fd)
+            self._log_fd = None
+
+    @property
+    def current(self) -> list[str]:
+        """The lines that may still change, as they look now, such as progress bars."""
+        return [line for stream in reversed(self._streams) for line in stream.current]
+
+    def hide(self, text: Text) -> None:
+        """Keep lines that are not shown now, in case they are the last."""
+        self.hidden_lines += text.text.count("\n")
+        self.hidden_chars += len(text.text)
+        self._tail.append(text._replace(text=text.text[-self._tail_limit :]))
+        self._tail_size += len(self._tail[-1].text)
+        while self._tail_size - len(self._tail[0].text) > self._tail_limit:
+            self._tail_size -= len(self._tail.popleft().text)
+
+    def take_tail(self) -> list[Text]:
+        """Return the last of the hidden lines; they count as shown from here on."""
+        tail = list(self._tail)
+        self._tail.clear()
+        if (over := self._tail_size - self._tail_limit) > 0:
+            tail[0] = tail[0]._replace(text=tail[0].text[over:])
+        if tail and sum(len(kept.text) for kept in tail) < self.hidden_chars:  # it begins in the middle of a line
+            tail[0] = tail[0]._replace(text=tail[0].text[tail[0].text.find("\n") + 1 :])
+        self.hidden_lines -= sum(kept.text.count("\n") for kept in tail)
+        self.hidden_chars -= sum(len(kept.text) for kept in tail)
+        return [kept for kept in tail if kept.text]
+
+    def _lines(self, data: bytes) -> Iterator[Text]:
+        if not data:
+            return
+        broken = self._write_log(data)
+        text = self._decoders[self._stderr].decode(data)
+        lines = self._streams[self._stderr].feed(text)
+        if lines:
+            # What the other stream has finished comes before: a bar that is complete, before what is printed next.
+            yield from self._told(self._streams[not self._stderr].settle(), not self._stderr)
+        yield from self._told(broken + lines, self._stderr)
+
+    def _rest(self) -> Iterator[Text]:
+        """Yield unfinished lines as complete ones."""
+        for stderr, stream in enumerate(self._streams):
+            text = stream.feed(self._decoders[stderr].decode(b"", final=True)) + stream.finish()
+            yield from self._told(text, bool(stderr))
+
+    def _told(self, text: str, stderr: bool) -> Iterator[Text]:
+        if not text:
+            return
+        self.lines += text.count("\n")
+        self.recent = text[-_RECENT:] if len(text) >= _RECENT else (self.recent + text)[-_RECENT:]
+        end = text[-_RECENT:].rstrip()
+        self.last_line = end[end.rfind("\n") + 1 :] or self.last_line
+        yield Text(text, stderr)
+
+    def _write_log(self, data: bytes) -> str:
+        """Write to the log; return a line to show if that is no longer possible."""
+        if self._log_fd is None:
+            return ""
+        try:
+            view = memoryview(data)
+            while view:
+                view = view[os.write(self._log_fd, view) :]
+        except OSError as error:  # a full disk takes the log, not the run
+            self.close()
+            return f"(nbddp: the log of this rank ends here: {error.strerror})\n"
+        return ""
+
+
+def _may_be(piece: bytes, mark: bytes) -> bool:
+    """Tell whether `piece`, at the end of the data, may be the beginning of a mark."""
+    return mark.startswith(piece) or piece.startswith(mark)

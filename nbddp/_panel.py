@@ -1,0 +1,297 @@
+"""The panel of a run: a row for each rank while it lasts, one line with a fold for each rank when it is over.
+
+It is one display that is updated in place. HTML without scripts and style sheets, with colours that read on light and
+dark; as plain text it says the same. Whatever comes from a rank is escaped.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from nbddp import _palette
+from nbddp._memory import Meter
+from nbddp._output import RankOutput
+from nbddp._progress import Progress, parse
+from nbddp._ranks import Ranks, RankState, in_short
+from nbddp._screen import Screen
+
+# Seconds after which a run gets a panel; a quick cell shows its lines and nothing else.
+_AFTER = 1.0
+
+# Seconds between two looks at many ranks and at few: the size of an update grows with them.
+_EVERY, _EVERY_OF_FEW, _FEW = 0.5, 0.25, 8
+
+# Seconds between two questions to the ranks where they are, and between two looks at their memory.
+_ASK_EVERY = 1.0
+
+_LINE = 100  # characters of a rank's last line that are shown
+_BAR = 20  # cells of a bar drawn as text
+_FOLDS = 32_000  # characters of all folds of a finished run together
+
+_NEVER = float("inf")
+_SGR = re.compile(r"\x1b\[[0-9;:]*m")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the panel says of a rank.
+
+    Attributes:
+        rank: Its number.
+        state: "starting", "running", "waiting in all_reduce", "done", "failed" or "stopped".
+        where: The line of the cell that it is at; None if that is not known.
+        bars: Its progress bars.
+        memory: Of its GPU, or of its process; empty if it is not known.
+        line: The last that it has printed.
+    """
+
+    rank: int
+    state: str
+    where: int | None = None
+    bars: Sequence[Progress] = ()
+    memory: str = ""
+    line: str = ""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A finished run.
+
+    Attributes:
+        text: How it ended.
+        folds: For each rank how it ended, and the end of its output.
+        open: The rank whose fold is open.
+    """
+
+    text: str
+    folds: Sequence[tuple[str, str]] = field(default_factory=list)
+    open: int | None = None
+
+
+class Panel:
+    """Follows a run, and shows the panel when it is due.
+
+    Args:
+        ranks: The ranks, as far as they have connected.
+        count: How many there are to be.
+        outputs: Their output.
+        screen: Where to show it; None not to show any.
+        meter: Reads their memory.
+
+    Attributes:
+        due: When `tick` is to be called (``time.monotonic``); infinity if there is no need.
+    """
+
+    def __init__(
+        self, ranks: Ranks, count: int, outputs: Sequence[RankOutput], screen: Screen | None, meter: Meter
+    ) -> None:
+        self._ranks = ranks
+        self._count = count
+        self._outputs = outputs
+        self._screen = screen
+        self._meter = meter
+        self._began = time.monotonic()
+        self._every = _EVERY_OF_FEW if count <= _FEW else _EVERY
+        self._asked = 0.0
+        self._shown: tuple[str, Sequence[Row]] | None = None
+        self._memory: Mapping[int, str] = {}
+        self.due = self._began + _AFTER if screen is not None else _NEVER
+
+    def tick(self) -> None:
+        """Ask the ranks where they are, and show what is known."""
+        now = time.monotonic()
+        if self._screen is None or now < self.due:
+            return
+        self.due = now + self._every
+        if now >= self._asked + _ASK_EVERY:
+            self._asked = now
+            self.look()
+        state = self._heading(), self.rows()
+        if state != self._shown:
+            self._shown = state
+            heading, rows = state
+            self._screen.panel({"text/plain": as_text(heading, rows), "text/html": as_html(heading, rows)})
+
+    def look(self) -> None:
+        """Ask the ranks where they are; the answers come as messages. Look at their memory."""
+        for state in self._ranks.states.values():
+            if state.in_cell and not state.ended and state.outcome is None:
+                self._ranks.tell(state, "look")
+        self._memory = self._meter.read({rank: state.pid for rank, state in self._ranks.states.items()})
+
+    def finish(self, cause: str) -> None:
+        """Put the summary in the panel's place, if there is one; `cause` is that of the run's ending."""
+        self.due = _NEVER
+        if self._screen is None or self._shown is None:
+            return
+        summary = self.summary(cause)
+        self._screen.panel({"text/plain": summary.text, "text/html": summary_as_html(summary)})
+
+    def text(self) -> str:
+        """Return the panel as text, for ``%ddp status``."""
+        return as_text(self._heading(), self.rows())
+
+    def rows(self) -> list[Row]:
+        """Return what is known of each rank."""
+        return [self._row(rank) for rank in range(self._count)]
+
+    def summary(self, cause: str) -> Summary:
+        """Return what is to be said of the run when it is over."""
+        took = _duration(time.monotonic() - self._began)
+        ranks = "1 rank" if self._count == 1 else f"{self._count} ranks"
+        failed = self._ranks.failed
+        first = failed[0].rank if failed else None
+        match cause:
+            case "done":
+                text = f"nbddp: {ranks} done in {took}"
+            case "failed" if failed:
+                text = f"nbddp: rank {first} failed after {took} ({_short(in_short(failed[0]))})"
+            case "timeout":
+                text = f"nbddp: {ranks} stopped by --timeout after {took}"
+            case "interrupted":
+                text = f"nbddp: {ranks} interrupted after {took}"
+            case _:
+                text = f"nbddp: {ranks} ended after {took}"
+        each = min(_FOLDS // self._count, 4_000)
+        folds = []
+        for output in self._outputs:
+            state = self._ranks.states.get(output.rank)
+            how = "never started" if state is None else _short(in_short(state))
+            lines = "1 line" if output.lines == 1 else f"{output.lines:,} lines"
+            tail = output.recent[-each:]
+            if len(tail) < len(output.recent) or output.lines > tail.count("\n"):
+                tail = tail[tail.find("\n") + 1 :]
+            folds.append((f"rank {output.rank}: {how}, {lines}", tail))
+        return Summary(text, folds, first if cause == "failed" else None)
+
+    def _heading(self) -> str:
+        ranks = "1 rank" if self._count == 1 else f"{self._count} ranks"
+        return f"nbddp: {ranks}, {_duration(time.monotonic() - self._began)}"
+
+    def _row(self, rank: int) -> Row:
+        state = self._ranks.states.get(rank)
+        output = self._outputs[rank]
+        current = output.current
+        bars = [bar for line in current if (bar := parse(line)) is not None]
+        last = next((line for line in reversed(current) if parse(line) is None), output.last_line)
+        line = _SGR.sub("", last).strip()[:_LINE]
+        name = _state_of(state)
+        where = state.where if state is not None and name.startswith(("running", "waiting")) else {}
+        if where.get("waits"):
+            name = f"waiting in {where['waits']}"
+        return Row(rank, name, where.get("line"), bars, self._memory.get(rank, ""), line)
+
+
+def _state_of(state: RankState | None) -> str:
+    if state is None or (not state.in_cell and state.outcome is None and not state.ended):
+        return "starting"
+    if state.failed_at is not None:
+        return "failed"
+    if state.stopped:
+        return "stopped"
+    return "done" if state.ended or state.outcome is not None else "running"
+
+
+# As text.
+
+
+def as_text(heading: str, rows: Sequence[Row]) -> str:
+    """Return the panel as plain text."""
+    table = [
+        (
+            f"rank {row.rank}",
+            _with_line(row),
+            "  ".join(filter(None, (_bar_as_text(bar) for bar in row.bars))),
+            row.memory,
+            row.line,
+        )
+        for row in rows
+    ]
+    widths = [max(len(entry[i]) for entry in table) for i in range(5)]
+    lines = [
+        "  ".join(f"{text:<{width}}" for text, width in zip(entry, widths, strict=True) if width) for entry in table
+    ]
+    return "\n".join([heading, *(line.rstrip() for line in lines)])
+
+
+def _with_line(row: Row) -> str:
+    return f"{row.state}, line {row.where}" if row.where is not None else row.state
+
+
+def _bar_as_text(bar: Progress) -> str:
+    full = int(bar.fraction * _BAR)
+    return f"{f'{bar.name} ' if bar.name else ''}{'█' * full}{'░' * (_BAR - full)} {_numbers(bar)}"
+
+
+def _numbers(bar: Progress) -> str:
+    percent = f"{bar.fraction:4.0%}"
+    return ", ".join(filter(None, (percent, bar.count, f"{bar.left} left" if bar.left else "")))
+
+
+# As HTML.
+
+_TABLE = "border-collapse:collapse;font-family:monospace;font-size:90%;margin:0"
+_CELL = "text-align:left;padding:0 1em 0 0;white-space:nowrap;vertical-align:top;border:0;background:none"
+_FADED = "opacity:0.7"
+_MARK = {"failed": "font-weight:bold;color:#d7005f", "done": _FADED, "stopped": _FADED, "starting": _FADED}
+
+
+def as_html(heading: str, rows: Sequence[Row]) -> str:
+    """Return the panel as HTML."""
+    columns = [i for i in range(5) if i < 2 or any(_cells(row)[i] for row in rows)]
+    body = "".join(
+        "<tr style='background:none'>"
+        + "".join(f"<td style='{_CELL}'>{_cells(row)[i]}</td>" for i in columns)
+        + "</tr>"
+        for row in rows
+    )
+    return (
+        f"<div style='{_FADED};font-family:monospace;font-size:90%'>{html.escape(heading)}</div>"
+        f"<table style='{_TABLE}'>{body}</table>"
+    )
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    label = f"<span style='color:{_palette.html_colour(row.rank)};font-weight:bold'>rank {row.rank}</span>"
+    state = f"<span style='{_MARK.get(row.state, '')}'>{html.escape(_with_line(row))}</span>"
+    bars = "<br>".join(map(_bar_as_html, row.bars))
+    return label, state, bars, html.escape(row.memory), html.escape(row.line)
+
+
+def _bar_as_html(bar: Progress) -> str:
+    name = f"{html.escape(bar.name)} " if bar.name else ""
+    return (
+        f"{name}<progress value='{bar.fraction:.4f}' max='1' style='width:10em;height:0.9em;vertical-align:middle'>"
+        f"</progress> {html.escape(_numbers(bar))}"
+    )
+
+
+def summary_as_html(summary: Summary) -> str:
+    """Return the line and the folds of a finished run as HTML."""
+    folds = "".join(
+        f"<details{' open' if rank == summary.open else ''} style='margin:0 0 0 1em'>"
+        f"<summary>{html.escape(title)}</summary>"
+        f"<pre style='margin:0 0 0 1em;background:none'>{html.escape(_SGR.sub('', tail))}</pre>"
+        f"<div style='{_FADED};margin:0 0 0 1em'>all of it: <code>%ddp log --rank {rank}</code></div></details>"
+        for rank, (title, tail) in enumerate(summary.folds)
+    )
+    return (
+        f"<details{' open' if summary.open is not None else ''} style='font-family:monospace;font-size:90%'>"
+        f"<summary>{html.escape(summary.text)}</summary>{folds}</details>"
+    )
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02} min"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LINE else text[: _LINE - 1] + "…"

@@ -1,0 +1,152 @@
+"""Where a run's output is shown: a notebook's cell, a terminal, or something that only keeps what it gets."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+import time
+from typing import Any, Protocol
+
+MimeBundle = dict[str, Any]
+
+# A Jupyter server drops the stream output of a kernel above 1 MB/s, counted over 3 seconds.
+_RATE = 500_000
+_BURST = 1_000_000
+
+
+class Screen(Protocol):
+    """Where a run's output is shown.
+
+    Attributes:
+        in_place: Whether what is shown can be updated; else output is plain: no colours, no panel.
+    """
+
+    in_place: bool
+
+    def write(self, text: str) -> None:
+        """Show complete lines of text."""
+
+    def publish(self, data: MimeBundle, metadata: MimeBundle, transient: MimeBundle, update: bool) -> None:
+        """Show a mime bundle."""
+
+    def panel(self, data: MimeBundle) -> None:
+        """Show a mime bundle in the place of the last one that came this way."""
+
+    def clear(self, *, wait: bool) -> None:
+        """Take away all but the panel; with `wait`, when something else is shown."""
+
+    def room(self) -> int:
+        """Return how many bytes of text can be shown now without some being lost."""
+
+
+class _Bucket:
+    """How much a Jupyter server takes, over all cells of this process."""
+
+    def __init__(self) -> None:
+        self._level = float(_BURST)
+        self._at = time.monotonic()
+
+    def room(self) -> int:
+        now = time.monotonic()
+        self._level = min(_BURST, self._level + (now - self._at) * _RATE)
+        self._at = now
+        return int(self._level)
+
+    def take(self, text: str) -> None:
+        self.room()
+        # As the message has it: in JSON, an escape character takes six bytes.
+        size = len(text) if text.isascii() else len(text.encode("utf-8", "replace"))
+        self._level -= size + text.count("\n") + 5 * text.count("\x1b")
+
+
+_bucket = _Bucket()
+
+
+class NotebookScreen:
+    """The output of the running cell."""
+
+    def __init__(self, shell: Any) -> None:
+        self._shell = shell
+        self._panel_id = secrets.token_hex(8)
+        self._panel: MimeBundle | None = None
+        # %%capture and redirect_stdout take what is printed, and would record each update as an output of its own.
+        self.in_place = type(sys.stdout).__module__.startswith("ipykernel")
+
+    def write(self, text: str) -> None:
+        """Show complete lines of text."""
+        _bucket.take(text)
+        # Looked up each time: %%capture replaces it. ipykernel collects what comes within a fifth of a second.
+        sys.stdout.write(text)
+
+    def publish(self, data: MimeBundle, metadata: MimeBundle, transient: MimeBundle, update: bool) -> None:
+        """Show a mime bundle behind the text so far."""
+        sys.stdout.flush()
+        self._shell.display_pub.publish(data, metadata, transient=transient, update=update)
+
+    def panel(self, data: MimeBundle) -> None:
+        """Show a mime bundle in the place of the last one that came this way."""
+        update = self._panel is not None
+        self._panel = data
+        self.publish(data, {}, {"display_id": self._panel_id}, update)
+
+    def clear(self, *, wait: bool) -> None:
+        """Take away all but the panel; with `wait`, when something else is shown."""
+        sys.stdout.flush()
+        self._shell.display_pub.clear_output(wait=wait or self._panel is not None)
+        if self._panel is not None:
+            self.publish(self._panel, {}, {"display_id": self._panel_id}, False)
+
+    def room(self) -> int:
+        """Return how many bytes of text can be shown now without some being lost."""
+        return _bucket.room()
+
+
+class Terminal:
+    """The screen where there is no notebook: ``sys.stdout``. The panel, if there is one, stays below the text."""
+
+    def __init__(self) -> None:
+        self.in_place = bool(sys.stdout.isatty())
+        self._panel = ""
+
+    def write(self, text: str) -> None:
+        """Show complete lines of text."""
+        sys.stdout.write(self._taken_away() + text + self._panel)
+        sys.stdout.flush()
+
+    def publish(self, data: MimeBundle, metadata: MimeBundle, transient: MimeBundle, update: bool) -> None:
+        """Show the plain text of a mime bundle."""
+        if "text/plain" in data:
+            self.write(f"{data['text/plain']}\n")
+
+    def panel(self, data: MimeBundle) -> None:
+        """Show the plain text of a mime bundle in the place of the last one that came this way."""
+        before = self._taken_away()
+        columns = _columns()
+        self._panel = "".join(line[: columns - 1] + "\n" for line in str(data.get("text/plain", "")).splitlines())
+        sys.stdout.write(before + self._panel)
+        sys.stdout.flush()
+
+    def clear(self, *, wait: bool) -> None:
+        """Do nothing: what scrolled by cannot be taken back."""
+
+    def room(self) -> int:
+        """Return how many bytes of text can be shown now: any number."""
+        return sys.maxsize
+
+    def _taken_away(self) -> str:
+        """Return what takes the panel off the terminal."""
+        rows = self._panel.count("\n")
+        return f"\x1b[{rows}F\x1b[J" if rows else ""
+
+
+def _columns() -> int:
+    try:
+        return os.get_terminal_size(sys.stdout.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+def screen_of(shell: Any) -> Screen:
+    """Return where this shell shows output: under Jupyter the cell, else the terminal; None is no shell at all."""
+    return NotebookScreen(shell) if hasattr(shell, "kernel") else Terminal()
