@@ -19,8 +19,10 @@ from nbddp._progress import Progress, parse
 from nbddp._ranks import Ranks, RankState, in_short
 from nbddp._screen import Screen
 
-# Seconds after which a run gets a panel; a quick cell shows its lines and nothing else.
+# Seconds after which a cell gets a panel: a quick one shows its lines and nothing else. It begins when the first rank
+# begins it; ranks that take long to start are worth a panel, too.
 _AFTER = 1.0
+_AFTER_LAUNCH = 3.0
 
 # Seconds between two looks at many ranks and at few: the size of an update grows with them.
 _EVERY, _EVERY_OF_FEW, _FEW = 0.5, 0.25, 8
@@ -28,6 +30,7 @@ _EVERY, _EVERY_OF_FEW, _FEW = 0.5, 0.25, 8
 # Seconds between two questions to the ranks where they are, and between two looks at their memory.
 _ASK_EVERY = 1.0
 
+_COLUMNS = 5
 _LINE = 100  # characters of a rank's last line that are shown
 _BAR = 20  # cells of a bar drawn as text
 _FOLDS = 32_000  # characters of all folds of a finished run together
@@ -99,7 +102,12 @@ class Panel:
         self._asked = 0.0
         self._shown: tuple[str, Sequence[Row]] | None = None
         self._memory: Mapping[int, str] = {}
-        self.due = self._began + _AFTER if screen is not None else _NEVER
+        self.due = self._began + _AFTER_LAUNCH if screen is not None else _NEVER
+
+    def begin(self) -> None:
+        """Take note that a rank has begun the cell."""
+        if self._screen is not None and self._shown is None:
+            self.due = min(self.due, time.monotonic() + _AFTER)
 
     def tick(self) -> None:
         """Ask the ranks where they are, and show what is known."""
@@ -211,7 +219,7 @@ def as_text(heading: str, rows: Sequence[Row]) -> str:
         )
         for row in rows
     ]
-    widths = [max(len(entry[i]) for entry in table) for i in range(5)]
+    widths = [max(len(entry[i]) for entry in table) for i in range(_COLUMNS)]
     lines = [
         "  ".join(f"{text:<{width}}" for text, width in zip(entry, widths, strict=True) if width) for entry in table
     ]
@@ -234,18 +242,20 @@ def _numbers(bar: Progress) -> str:
 
 # As HTML.
 
-_TABLE = "border-collapse:collapse;font-family:monospace;font-size:90%;margin:0"
+_TABLE = "border-collapse:collapse;font-family:monospace;font-size:90%;margin:0;width:100%"
 _CELL = "text-align:left;padding:0 1em 0 0;white-space:nowrap;vertical-align:top;border:0;background:none"
+# Takes the room that is left, and shows no more than fits.
+_LAST_CELL = f"{_CELL};width:100%;max-width:0;overflow:hidden;text-overflow:ellipsis"
 _FADED = "opacity:0.7"
 _MARK = {"failed": "font-weight:bold;color:#d7005f", "done": _FADED, "stopped": _FADED, "starting": _FADED}
 
 
 def as_html(heading: str, rows: Sequence[Row]) -> str:
     """Return the panel as HTML."""
-    columns = [i for i in range(5) if i < 2 or any(_cells(row)[i] for row in rows)]
+    columns = [i for i in range(_COLUMNS) if i in (0, 1, _COLUMNS - 1) or any(_cells(row)[i] for row in rows)]
     body = "".join(
         "<tr style='background:none'>"
-        + "".join(f"<td style='{_CELL}'>{_cells(row)[i]}</td>" for i in columns)
+        + "".join(f"<td style='{_LAST_CELL if i == _COLUMNS - 1 else _CELL}'>{_cells(row)[i]}</td>" for i in columns)
         + "</tr>"
         for row in rows
     )
@@ -265,7 +275,7 @@ def _cells(row: Row) -> tuple[str, ...]:
 def _bar_as_html(bar: Progress) -> str:
     name = f"{html.escape(bar.name)} " if bar.name else ""
     return (
-        f"{name}<progress value='{bar.fraction:.4f}' max='1' style='width:10em;height:0.9em;vertical-align:middle'>"
+        f"{name}<progress value='{bar.fraction:.4f}' max='1' style='width:8em;height:0.9em;vertical-align:middle'>"
         f"</progress> {html.escape(_numbers(bar))}"
     )
 

@@ -69,6 +69,7 @@ class Ranks:
         loop: The run's event loop.
         relay: Where output goes.
         arrived: Called with each rank that connects.
+        began: Called when a rank begins the cell.
 
     Attributes:
         states: The ranks by number.
@@ -79,12 +80,19 @@ class Ranks:
     """
 
     def __init__(
-        self, server: socket.socket, loop: Loop, relay: Relay, *, arrived: Callable[[RankState], None]
+        self,
+        server: socket.socket,
+        loop: Loop,
+        relay: Relay,
+        *,
+        arrived: Callable[[RankState], None],
+        began: Callable[[], None],
     ) -> None:
         self._server = server
         self._loop = loop
         self._relay = relay
         self._arrived = arrived
+        self._began = began
         self.states: dict[int, RankState] = {}
         self.attempt = 0
         self.values: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
@@ -186,6 +194,7 @@ class Ranks:
             match message["kind"]:
                 case "begin":
                     state.in_cell = True
+                    self._began()
                 case "display" if message["value"]:
                     self.values[state.rank] = message["data"], message["metadata"]
                 case "display":

@@ -99,7 +99,7 @@ class Run:
         self._grace = grace
         self._wait_until_gone = wait_until_gone
         self._loop = Loop()
-        self._ranks = Ranks(server, self._loop, relay, arrived=self._arrived)
+        self._ranks = Ranks(server, self._loop, relay, arrived=self._arrived, began=self._began)
         self.panel = Panel(self._ranks, launch.ranks, relay.outputs, screen, meter)
         self._announced = -1  # the attempt whose failure the user has been told of
         self._ladder: Ladder | None = None
@@ -252,6 +252,9 @@ class Run:
                 _process.send_signal(state.pid, state.pidfd, signum)
         if step is Step.TERMINATE and self._cause != "failed" and alive:
             self._relay.say("nbddp: ranks that did not end are terminated")
+
+    def _began(self) -> None:
+        self.panel.begin()
 
     def _arrived(self, state: RankState) -> None:
         """Tell a rank that has just connected what the others were told already."""

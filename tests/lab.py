@@ -202,6 +202,15 @@ class LabNotebook:
         """Tell whether an element of a cell's output area is there and takes up room."""
         return min(self.size(cell, selector)) > 0
 
+    def click(self, cell: int, selector: str) -> None:
+        """Click on the first element in a cell's output area that matches a CSS selector."""
+        with self._lab.using() as page:
+            area = page.evaluate_handle("([path, cell]) => lab.view(path, cell).area", [self.name, cell]).as_element()
+            assert area is not None
+            found = area.query_selector(selector)
+            assert found is not None, f"nothing in the output of cell {cell} matches {selector}"
+            found.click()
+
     def trusted(self, cell: int) -> bool:
         """Tell whether JupyterLab trusts a cell's output: else it takes scripts and styles out of HTML."""
         return bool(self._call("lab.view(path, cell).model.trusted", cell))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
+from pathlib import Path
+from typing import Literal
 
 import psutil
 import pytest
@@ -18,6 +21,12 @@ SLEEP = "%%ddp --cpus 2\nimport os, time\nprint('pid', os.getpid())\ntime.sleep(
 SOON = 5.0
 
 
+@pytest.fixture
+def screenshots(tmp_path: Path) -> Path:
+    """Where pictures of the page go: a folder of the test's, or NBDDP_SCREENSHOTS to look at them."""
+    return Path(os.environ.get("NBDDP_SCREENSHOTS", str(tmp_path)))
+
+
 def lines(notebook: LabNotebook, cell: int) -> list[str]:
     """Return the lines of a cell's output area in sorted order: ranks print in any."""
     return sorted(notebook.text(cell).splitlines())
@@ -28,8 +37,8 @@ def sleeping(lab: Lab) -> tuple[LabNotebook, list[int]]:
     notebook = lab.open([LOAD, SLEEP, FINE])
     notebook.ok(0)
     notebook.start(1)
-    notebook.until(1, r"c => (c.text.match(/pid \d+/g) || []).length === 2")
-    pids = [int(pid) for pid in re.findall(r"pid (\d+)", notebook.text(1))]
+    notebook.until(1, r"c => (c.text.match(/\] pid \d+/g) || []).length === 2")
+    pids = [int(pid) for pid in re.findall(r"\] pid (\d+)", notebook.text(1))]
     assert all(psutil.pid_exists(pid) for pid in pids)
     return notebook, pids
 
@@ -87,7 +96,7 @@ def test_a_flood(lab: Lab) -> None:
     shown = notebook.text(1).splitlines()
     assert shown[0] == "[rank 0] line 0"
     assert shown[-1] == "[rank 0] line 99999"
-    assert any(line.startswith("nbddp:") and "are left out here; %ddp log 0 has them all" in line for line in shown)
+    assert any(line.startswith("…") and line.endswith("of rank 0 not shown; %ddp log --rank 0") for line in shown)
     notebook.save()
     assert notebook.path.stat().st_size < 2_000_000
 
@@ -114,3 +123,74 @@ def test_a_copy_that_is_not_trusted(lab: Lab) -> None:
     copy = lab.open_file(content)
     assert not copy.trusted(1)
     assert lines(copy, 1) == ["[rank 0] fine", "[rank 1] fine"]
+
+
+TRAINING = """%%ddp --cpus 4
+import time
+import torch, torch.distributed as dist
+from tqdm.auto import trange
+
+for step in trange(24, desc="training"):
+    time.sleep(0.1 + 0.02 * rank)
+    if step % 8 == 7:
+        print(f"step {step + 1}: loss {2 / (step + rank + 1):.3f}")
+    if step == 11:
+        total = torch.ones(1)
+        dist.all_reduce(total)
+if rank == 3:
+    time.sleep(1)
+dist.barrier()
+"""
+HANGS = """%%ddp --cpus 4
+import time, torch.distributed as dist
+print("ready")
+if rank == 1:
+    time.sleep(600)
+dist.barrier()
+"""
+
+
+@pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
+def test_a_training_run(lab: Lab, theme: Literal["JupyterLab Light", "JupyterLab Dark"], screenshots: Path) -> None:
+    lab.theme(theme)
+    notebook = lab.open([LOAD, TRAINING, HANGS])
+    notebook.ok(0)
+    notebook.start(1)
+    # The panel moves: real bars, of all ranks, that are further than at the start.
+    notebook.until(1, "c => c.area.querySelectorAll('progress').length === 4")
+    bars = "Array.from(c.area.querySelectorAll('progress')).map(bar => bar.value)"
+    notebook.until(1, f"c => {bars}.every(value => value > 0.1)")
+    notebook.until(1, f"c => {bars}.length === 4 && {bars}.every(value => value > 0.5)")
+    assert notebook.visible(1, "progress")
+    notebook.screenshot(1, screenshots / f"running-{theme.split()[1].lower()}.png")
+    notebook.until(1, "c => c.text.includes('waiting in barrier')")
+    notebook.wait(1)
+    notebook.until(1, "c => c.area.querySelectorAll('progress').length === 0")
+    text = notebook.text(1)
+    assert re.search(r"nbddp: 4 ranks done in \d s", text)
+    assert text.count("training: 100%") >= 4
+    assert notebook.count(1) <= 4
+    notebook.screenshot(1, screenshots / f"done-{theme.split()[1].lower()}.png")
+    # The fold of a rank opens, and stays open.
+    notebook.click(1, "summary")
+    notebook.click(1, "details details summary")
+    assert notebook.visible(1, "details details pre")
+    notebook.start(2)
+    notebook.until(2, "c => c.text.includes('waiting in barrier')")
+    notebook.press_interrupt()
+    notebook.wait(2)
+    assert "KeyboardInterrupt" in notebook.text(2)
+    assert "nbddp: 4 ranks interrupted after" in notebook.text(2)
+    notebook.screenshot(2, screenshots / f"interrupted-{theme.split()[1].lower()}.png")
+    saved = notebook.save()
+    panels = [o for o in saved.cells[1].outputs if o.output_type == "display_data"]
+    assert len(panels) == 1
+    assert panels[0].data["text/plain"].startswith("nbddp: 4 ranks done in")
+    # As a reader sees it who does not trust it: sanitised, the panel says the same.
+    if theme == "JupyterLab Light":
+        saved.metadata["copy"] = True
+        copy = lab.open_file(saved)
+        assert not copy.trusted(1)
+        assert "nbddp: 4 ranks done in" in copy.text(1)
+        copy.click(1, "summary")
+        assert copy.visible(1, "details details")
