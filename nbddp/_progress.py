@@ -37,8 +37,12 @@ class Progress:
 def parse(line: str) -> Progress | None:
     """Return what a line says of progress; None if it is no progress bar."""
     line = _SGR.sub("", line).strip()
-    percent, count, bar = _PERCENT.search(line), _COUNT.search(line), _BAR.search(line)
-    left = _TQDM_LEFT.search(line) or _ETA.search(line) or (_CLOCK.search(line) if bar else None)
+    percent, bar = _PERCENT.search(line), _BAR.search(line)
+    # Behind the bar, if there is one: "Epoch 1/3 ━━━━ 5/16". Keras has it before.
+    count = (_COUNT.search(line, bar.end()) if bar else None) or _COUNT.search(line)
+    # Of rich's two clocks, the second is the one for what is left.
+    clocks = list(_CLOCK.finditer(line)) if bar else []
+    left = _TQDM_LEFT.search(line) or _ETA.search(line) or (clocks[-1] if clocks else None)
     if count is not None and _number(count[2]) > 0 and _number(count[1]) <= _number(count[2]):
         fraction = _number(count[1]) / _number(count[2])
     elif percent is not None and float(percent[1]) <= 100:

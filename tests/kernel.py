@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -122,6 +123,19 @@ class Kernel:
         reply.status = answer["content"]["status"]
         return reply
 
+    def run_timed(self, code: str, sent: list[tuple[float, str, int]]) -> Reply:
+        """Run a cell; add each output message to `sent`: when it came, its type, and its size in bytes."""
+        reply = Reply()
+
+        def collect(message: dict[str, Any]) -> None:
+            size = len(json.dumps(message["content"], ensure_ascii=False).encode())
+            sent.append((time.monotonic(), message["msg_type"], size))
+            reply.outputs.append((message["msg_type"], message["content"]))
+
+        answer = self.client.execute_interactive(code, output_hook=collect, timeout=120, allow_stdin=False)
+        reply.status = answer["content"]["status"]
+        return reply
+
     def ok(self, code: str, *, timeout: float = 60.0) -> Reply:
         """Run a cell that must not fail."""
         reply = self.run(code, timeout=timeout)
@@ -166,6 +180,10 @@ class Kernel:
         finally:
             timer.cancel()
             timer.join()
+
+    def wait_idle(self, *, timeout: float = 30.0) -> None:
+        """Wait until everything that was asked of the kernel is done, and forget what it showed."""
+        self.client.execute_interactive("", output_hook=lambda _: None, timeout=timeout, allow_stdin=False)
 
     def alive(self) -> bool:
         """Tell whether the process is there."""

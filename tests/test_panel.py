@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,33 @@ def test_status_from_a_thread(kernel: Kernel) -> None:
     assert re.fullmatch(r"nbddp: 2 ranks, \d s", said[0])
     assert re.match(r"rank 0  running, line 3 +\d+ MB", said[1])
     assert said[2].startswith("rank 1  done")
+
+
+def test_status_from_a_subshell(kernel: Kernel) -> None:
+    import ipykernel
+
+    if ipykernel.version_info[0] < 7:
+        pytest.skip("subshells came with ipykernel 7")
+    client = kernel.client
+    control = client.session.msg("create_subshell_request")
+    client.control_channel.send(control)
+    subshell = client.get_control_msg(timeout=10)["content"]["subshell_id"]
+    client.execute("%%ddp --cpus 2\nimport time\ntime.sleep(3)")
+    ask = client.session.msg("execute_request", {"code": "%ddp status", "silent": False, "store_history": False})
+    ask["header"]["subshell_id"] = subshell
+    text = ""
+    while "rank 1  running, line 3" not in text:
+        time.sleep(0.3)
+        client.shell_channel.send(ask)
+        while (message := client.get_iopub_msg(timeout=10))["content"].get("execution_state") != "idle" or (
+            message["parent_header"]["msg_id"] != ask["header"]["msg_id"]
+        ):
+            if message["msg_type"] == "stream":
+                text += message["content"]["text"]
+        ask = client.session.msg("execute_request", ask["content"])
+        ask["header"]["subshell_id"] = subshell
+    assert re.search(r"nbddp: 2 ranks, \d s", text)
+    kernel.wait_idle()
 
 
 def test_ranks_that_are_shown(kernel: Kernel) -> None:

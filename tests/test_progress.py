@@ -19,6 +19,8 @@ from nbddp._progress import Progress, parse
         ("5/10 [====>.....] - ETA: 10s - loss: 0.5", Progress(0.5, "", "5/10", "10s")),
         ("Epoch 0:  50%|█████     | 32/64 [00:01<00:01, 30.1it/s, v_num=0]",
          Progress(0.5, "Epoch 0", "32/64", "00:01")),
+        ("Epoch 1/2 \x1b[35m━━━━━━╸\x1b[0m━━━━ 5/16 0:00:01 • 0:00:02 38.01it/s",
+         Progress(5 / 16, "Epoch 1/2", "5/16", "0:00:02")),
         ("accuracy 45%", None),
         ("loss 3/4 of what it was", None),
         ("12it [00:03, 4.10it/s]", None),
