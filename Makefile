@@ -37,7 +37,7 @@ browser:
 
 # Run the notebooks anew and save what they show, which `make test` then holds them to.
 notebooks: .venv/test
-	.venv/bin/python -m tests.save_notebooks notebooks/*.ipynb
+	NBDDP_PLAIN=1 .venv/bin/python -m tests.save_notebooks notebooks/*.ipynb
 
 bench: .venv/test
 	.venv/bin/python -m pip install --quiet -e '.[bench]'

@@ -242,7 +242,7 @@ def _numbers(bar: Progress) -> str:
 
 # As HTML.
 
-_TABLE = "border-collapse:collapse;font-family:monospace;font-size:90%;margin:0;width:100%"
+_TABLE = "border-collapse:collapse;font-family:monospace;font-size:90%;margin:0;width:100%;table-layout:auto"
 _CELL = "text-align:left;padding:0 1em 0 0;white-space:nowrap;vertical-align:top;border:0;background:none"
 # Takes the room that is left, and shows no more than fits.
 _LAST_CELL = f"{_CELL};width:100%;max-width:0;overflow:hidden;text-overflow:ellipsis"
