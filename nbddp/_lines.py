@@ -21,6 +21,9 @@ LINE_LIMIT = 100_000
 # Rows that a program can go up to; a terminal's window ends somewhere, too.
 _ROWS = 60
 
+# Plain lines after which a program that went up to lines is taken to be done with that.
+_PLAIN_AGAIN = 2 * _ROWS
+
 _SGR = re.compile(r"\x1b\[[0-9;:]*m")
 _TOKEN = re.compile(
     r"\x1b\[([0-9;:?<=>!]*)([ -/]*[@-~])"  # control sequences: parameters, final byte
@@ -87,6 +90,7 @@ class Lines:
         self._top: int | None = None
         self._held = False  # the cursor is hidden: rich and others draw
         self._keep = 0  # rows that are kept back, since a program went up to them after they had gone out
+        self._plain_rows = 0  # since the cursor last went up
 
     def feed(self, text: str) -> str:
         """Take characters; return the lines that are complete."""
@@ -196,6 +200,9 @@ class Lines:
         if self._held or self._top is not None:
             yield from self._release(self._row - _ROWS)
         elif at_bottom and not done.drawn_on:
+            self._plain_rows += 1
+            if self._plain_rows > _PLAIN_AGAIN:
+                self._keep = 0
             yield from self._release(self._row - self._keep)
         else:
             yield from self._release(self._row - _ROWS)
@@ -218,6 +225,7 @@ class Lines:
                 self._style = _after(self._style, f"\x1b[{parameters}m")
             case "A" | "F":
                 steps = max(1, number)
+                self._plain_rows = 0
                 if steps > self._row:
                     self._keep = min(_ROWS, max(self._keep, steps))
                 self._row = max(0, self._row - steps)

@@ -118,7 +118,9 @@ class Kernel:
             reply.outputs.append((message["msg_type"], message["content"]))
 
         began = time.perf_counter()
-        answer = self.client.execute_interactive(code, output_hook=collect, timeout=timeout, allow_stdin=False)
+        answer = self.client.execute_interactive(
+            code, output_hook=collect, timeout=timeout, allow_stdin=False, stop_on_error=False
+        )
         reply.seconds = time.perf_counter() - began
         reply.status = answer["content"]["status"]
         return reply
@@ -165,7 +167,9 @@ class Kernel:
                 action()
 
         began = time.perf_counter()
-        answer = self.client.execute_interactive(code, output_hook=collect, timeout=timeout, allow_stdin=False)
+        answer = self.client.execute_interactive(
+            code, output_hook=collect, timeout=timeout, allow_stdin=False, stop_on_error=False
+        )
         reply.seconds = time.perf_counter() - began
         reply.status = answer["content"]["status"]
         assert done.is_set(), f"{when!r} was never shown; shown was: {reply.text}\n{reply.traceback}"

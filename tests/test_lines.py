@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Callable
 
+import pyte
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -119,6 +120,14 @@ def test_rows_that_are_gone_up_to_again_and_again_stay_few() -> None:
     assert lines[-3:] == ["one 99", "two 99", "three 99"]
 
 
+def test_a_program_that_went_up_once_is_not_held_back_for_ever() -> None:
+    lines = Lines()
+    lines.feed("a\nb\n\x1b[2A")
+    for i in range(200):
+        out = lines.feed(f"{i}\n")
+    assert out == "199\n"
+
+
 @pytest.mark.parametrize(
     ("raw", "shown"),
     [
@@ -167,6 +176,25 @@ PLAIN = st.text(st.characters(codec="utf-8", exclude_categories=("C",)) | st.sam
 def test_plain_text_is_not_changed(text: str, size: int) -> None:
     expected = text if text.endswith("\n") or not text else text + "\n"
     assert read(text, size)[0] == expected
+
+
+# What a program does to the lines that it draws on, each time from the top of them.
+FRAMES = st.lists(st.lists(st.text("ab%", min_size=1, max_size=5), min_size=1, max_size=4), min_size=1, max_size=6)
+
+
+@given(FRAMES, st.integers(1, 9))
+def test_a_terminal_shows_the_same(frames: list[list[str]], size: int) -> None:
+    """Frames of lines, drawn one over the other as rich does; what is left is what another emulator has."""
+    text, height = "\x1b[?25l", 0
+    for frame in frames:
+        text += ("\r\x1b[2K" + "\x1b[1A\x1b[2K" * (height - 1)) if height else ""
+        text += "\n".join(frame)
+        height = len(frame)
+    text += "\n\x1b[?25hafter\n"
+    screen = pyte.Screen(80, 60)
+    pyte.Stream(screen).feed(text.replace("\n", "\r\n"))
+    # Cut off, a frame that was taller leaves empty lines on a terminal.
+    assert read(text, size)[0].splitlines() == [line.rstrip() for line in screen.display if line.strip()]
 
 
 CONTROLS = st.sampled_from(
