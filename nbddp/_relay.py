@@ -109,6 +109,7 @@ class Relay:
         self._width = len(str(ranks - 1))
         self._shown = frozenset(range(ranks) if view.ranks is None else view.ranks)
         self._plain = view.plain or not screen.in_place
+        self._coloured = not self._plain and not os.environ.get("NO_COLOR")
         tail = int(view.text_limit * _TAIL_PART)
         count = max(1, len(self._shown))
         head = view.text_limit - tail
@@ -316,7 +317,7 @@ class Relay:
     def _label(self, rank: int, *, stderr: bool) -> str:
         left, right = "()" if stderr else "[]"
         label = f"{left}rank {rank:>{self._width}}{right}"
-        return label if self._plain else _palette.coloured(label, rank)
+        return _palette.coloured(label, rank) if self._coloured else label
 
     def _labelled(self, rank: int, text: Text) -> str:
         if not self._several:

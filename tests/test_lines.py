@@ -6,6 +6,7 @@ import io
 import random
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pyte
 import pytest
@@ -105,6 +106,19 @@ def test_rich(seed: int) -> None:
     assert plain == ["hello", "train", "check", "then", "┏━━━┓", "┃", "┡━━━┩", "│", "└───┘"]
     assert text.count("100%") == 2
     assert alive >= 2
+
+
+@pytest.mark.parametrize(("log", "most"), [("lightning", 31), ("transformers", 8)])
+def test_what_trainers_write(log: str, most: int) -> None:
+    """Recorded: rank 0 of Lightning 2.6 (rich's bars, three epochs) and of transformers 5.23 (tqdm's), both streams."""
+    with (Path(__file__).parent / "data" / f"{log}.log").open(newline="") as file:
+        text = file.read()
+    screen = pyte.Screen(600, 100)
+    pyte.Stream(screen).feed(text.replace("\n", "\r\n"))
+    shown = re.sub(r"\x1b\[[\d;]*m", "", read(text, random.Random(0))[0]).splitlines()
+    visible = [line.rstrip() for line in screen.display if line.strip()]
+    assert [line.rstrip() for line in shown if line.strip()] == visible
+    assert len(shown) <= most < text.count("\r") + text.count("\x1b[")
 
 
 def test_keras() -> None:

@@ -145,6 +145,14 @@ def test_a_widget_in_a_rank_gets_a_sentence(kernel: Kernel) -> None:
     assert reply.value["text/plain"].startswith("nbddp: HBox is a widget;")
 
 
+def test_bundles_of_any_type_arrive_as_they_are(kernel: Kernel) -> None:
+    plot = {"application/vnd.plotly.v1+json": {"data": [{"y": [1, 2.5, None]}], "layout": {}}, "text/plain": "a plot"}
+    kernel.ok(f"plot = {plot!r}")
+    reply = kernel.ok("%%ddp --cpus 2\nif rank == 1:\n    display(plot, raw=True, metadata={'text/plain': {'a': 1}})")
+    assert reply.displays == [plot]
+    assert reply.text == "[rank 1]\n"
+
+
 def test_clearing_the_output(kernel: Kernel) -> None:
     reply = kernel.ok(
         "%%ddp --cpus 2\nfrom IPython.display import clear_output\nimport torch.distributed as dist\n"
