@@ -120,6 +120,11 @@ class RankOutput:
         while self._tail_size - len(self._tail[0].text) > self._tail_limit:
             self._tail_size -= len(self._tail.popleft().text)
 
+    def forget_hidden(self) -> None:
+        """Take what was hidden for gone: the rank has cleared what it had shown."""
+        self._tail.clear()
+        self._tail_size = self.hidden_lines = self.hidden_chars = 0
+
     def take_tail(self) -> list[Text]:
         """Return the last of the hidden lines; they count as shown from here on."""
         tail = list(self._tail)

@@ -344,7 +344,13 @@ class Relay:
 
     def _clear(self, rank: int) -> None:
         """Take away what a rank has shown; the others' stays."""
-        self._left[_NBDDP] += sum(len(item) for r, item in self._showing if r == rank and isinstance(item, str))
+        for item in (item for r, item in self._showing if r == rank):
+            if isinstance(item, str):
+                self._left[_NBDDP] += len(item)
+            else:
+                self._display_count += 1
+                self._displays_left += _size(item.data)
+        self.outputs[rank].forget_hidden()
         self._showing = [(r, item) for r, item in self._showing if r != rank]
         self._redraw = True
         self._queue.clear()

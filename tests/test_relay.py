@@ -277,6 +277,17 @@ def test_clearing_in_a_loop_is_not_a_flood(record: Record, tmp_path: Path) -> No
     assert COLOUR.sub("", "".join(record.shown[last + 1 :])) == "[rank 1] other\n[rank 0] 999\n"
 
 
+def test_what_is_cleared_makes_room(record: Record, tmp_path: Path) -> None:
+    relay = make(record, tmp_path, ranks=1, text_limit=1000, display_limit=10_000)
+    for number in range(1, 2001, 2):
+        relay.display(0, {"number": number, "clear": "wait"})
+        relay.display(0, display(number + 1, **{"image/png": "x" * 1000}))
+        relay.feed(0, mark(SECRET, str(number)) + b"y" * 500 + b"\n" + mark(SECRET, str(number + 1)) + b"%d\n" % number)
+    relay.finish()
+    assert "not shown" not in record.text
+    assert record.shown[-1] == "1999\n"
+
+
 def test_displays_are_bounded(record: Record, tmp_path: Path) -> None:
     relay = make(record, tmp_path, ranks=1, display_limit=10_000)
     for number in range(1, 21):
