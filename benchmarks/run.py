@@ -135,14 +135,22 @@ def breakdown(ranks: int) -> Table:
     from nbddp._script import Cell
 
     class Nowhere:
+        in_place = False
+
         def write(self, text: str) -> None:
             pass
 
         def publish(self, *_: Any) -> None:
             pass
 
-        def live(self, text: str) -> None:
+        def panel(self, data: dict[str, Any]) -> None:
             pass
+
+        def clear(self, *, wait: bool) -> None:
+            pass
+
+        def room(self) -> int:
+            return sys.maxsize
 
     names = {"torch": torch, "dist": dist}
     job = _job.Job(Cell(ALL_REDUCE, "<cell>", 1), names, names, Options(cpus=ranks))

@@ -114,7 +114,8 @@ class Panel:
         now = time.monotonic()
         if self._screen is None or now < self.due:
             return
-        self.due = now + self._every
+        # Not from now on: ticks come late by what the loop is doing.
+        self.due = max(self.due + self._every, now)
         if now >= self._asked + _ASK_EVERY:
             self._asked = now
             self.look()
@@ -252,12 +253,13 @@ _MARK = {"failed": "font-weight:bold;color:#d7005f", "done": _FADED, "stopped": 
 
 def as_html(heading: str, rows: Sequence[Row]) -> str:
     """Return the panel as HTML."""
-    columns = [i for i in range(_COLUMNS) if i in (0, 1, _COLUMNS - 1) or any(_cells(row)[i] for row in rows)]
+    cells = [_cells(row) for row in rows]
+    columns = [i for i in range(_COLUMNS) if i in (0, 1, _COLUMNS - 1) or any(row[i] for row in cells)]
     body = "".join(
         "<tr style='background:none'>"
-        + "".join(f"<td style='{_LAST_CELL if i == _COLUMNS - 1 else _CELL}'>{_cells(row)[i]}</td>" for i in columns)
+        + "".join(f"<td style='{_LAST_CELL if i == _COLUMNS - 1 else _CELL}'>{row[i]}</td>" for i in columns)
         + "</tr>"
-        for row in rows
+        for row in cells
     )
     return (
         f"<div style='{_FADED};font-family:monospace;font-size:90%'>{html.escape(heading)}</div>"

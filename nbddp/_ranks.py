@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import selectors
 import signal
 import socket
 import time
@@ -19,7 +20,13 @@ from nbddp import _wire
 from nbddp._loop import Loop
 from nbddp._relay import Relay
 
-_READ = 1 << 20
+# More at once costs time even if there is less: the buffer is made for it.
+_READ = 1 << 16
+
+# Ranks that print line by line would wake this process for each line. So after a read that found little, their output
+# is left alone for some milliseconds; their pipes hold far more than they print in that time.
+_GATHER_SECONDS = 0.02
+_LITTLE = 1 << 15
 
 
 @dataclass
@@ -77,6 +84,7 @@ class Ranks:
         values: The values of the cell on the ranks that have one: a mime bundle and its metadata.
         times: When each stage was complete, on the rank that took longest for it (``time.monotonic``).
         agent_ended: Whether the agent has said its last.
+        due: When `tick` is to be called (``time.monotonic``); infinity if there is no need.
     """
 
     def __init__(
@@ -98,7 +106,11 @@ class Ranks:
         self.values: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
         self.times: dict[str, float] = {}
         self.agent_ended = False
+        # The outputs of all ranks, as one source of the loop.
+        self._outputs = selectors.DefaultSelector()
+        self.due = float("inf")
         loop.watch(server, self._accept)
+        self._watch_outputs()
 
     @property
     def failed(self) -> list[RankState]:
@@ -108,6 +120,8 @@ class Ranks:
 
     def close(self) -> None:
         """Close the connections."""
+        self._loop.unwatch(self._outputs)
+        self._outputs.close()
         for state in self.states.values():
             _close(state)
 
@@ -173,7 +187,7 @@ class Ranks:
         state = RankState(rank, message["pid"], inbox, output, pidfd)
         self.states[rank] = state
         self._loop.watch(inbox.sock, partial(self._hear, state))
-        self._loop.watch(output, partial(self._read, state))
+        self._outputs.register(output, selectors.EVENT_READ, state)
         if pidfd is not None:
             self._loop.watch(pidfd, partial(self._see_death, state))
         self._arrived(state)
@@ -209,19 +223,44 @@ class Ranks:
                     # It flushed before it said so: all that is its own is in the pipe. Its children may go on.
                     self._drain(state)
                     state.ended, state.ended_at = True, time.monotonic()
-                    self._loop.unwatch(state.output)
+                    self._ignore_output(state)
 
-    def _read(self, state: RankState) -> bool:
-        """Read once from a rank's output; return whether there may be more."""
+    # What they print.
+
+    def tick(self) -> None:
+        """Look at the outputs again, if it is time."""
+        if time.monotonic() >= self.due:
+            self._watch_outputs()
+
+    def _watch_outputs(self) -> None:
+        self.due = float("inf")
+        self._loop.watch(self._outputs, self._read_all)
+
+    def _read_all(self) -> None:
+        little = True
+        for key, _ in self._outputs.select(0):
+            # One that is read may end another: a restart takes all.
+            if key.fd in self._outputs.get_map():
+                little &= self._read(key.data) < _LITTLE
+        if little:
+            self._loop.unwatch(self._outputs)
+            self.due = time.monotonic() + _GATHER_SECONDS
+
+    def _ignore_output(self, state: RankState) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._outputs.unregister(state.output)
+
+    def _read(self, state: RankState) -> int:
+        """Read once from a rank's output; return how many bytes there were."""
         try:
             data = os.read(state.output, _READ)
         except BlockingIOError:
-            return False
+            return 0
         if not data:
-            self._loop.unwatch(state.output)
-            return False
+            self._ignore_output(state)
+            return 0
         self._relay.feed(state.rank, data)
-        return True
+        return len(data)
 
     def _drain(self, state: RankState) -> None:
         while not state.ended and self._read(state):
@@ -239,11 +278,12 @@ class Ranks:
         if not state.ended:
             state.died = state.ended_at = time.monotonic()
             state.ended = True
-        self._loop.unwatch(state.output)
+        self._ignore_output(state)
         self._loop.unwatch(state.inbox.sock)
 
     def _forget(self, state: RankState) -> None:
-        for source in (state.inbox.sock, state.output, state.pidfd):
+        self._ignore_output(state)
+        for source in (state.inbox.sock, state.pidfd):
             if source is not None:
                 self._loop.unwatch(source)
         _close(state)

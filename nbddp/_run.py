@@ -126,9 +126,7 @@ class Run:
             with contextlib.suppress(OSError):
                 self._send("launch", **vars(self._launch))
             while not self._over():
-                self._loop.step(
-                    min(self._deadline, self._ladder_due(), self._give_up_at(), self._relay.due, self.panel.due)
-                )
+                self._loop.step(min(self._deadline, self._ladder_due(), self._give_up_at(), self._next_look()))
                 self._look_at_the_clock()
             # What comes now cannot change how the run ended.
             self._all_reported = True
@@ -186,12 +184,16 @@ class Run:
             return float("inf")
         return max(state.ended_at for state in failed) + _RESTART_SECONDS[self._launch.start_method]
 
+    def _next_look(self) -> float:
+        return min(self._ranks.due, self._relay.due, self.panel.due)
+
     def _ladder_due(self) -> float:
         return self._ladder.due if self._ladder is not None else float("inf")
 
     def _look_at_the_clock(self) -> None:
         if time.monotonic() >= self._relay.due:
             self._relay.tick()
+        self._ranks.tick()
         self.panel.tick()
         if self._ladder is None and time.monotonic() >= self._deadline:
             self._stop("timeout", Ladder.of_interrupt(self._grace))

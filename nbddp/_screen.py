@@ -15,6 +15,9 @@ _RATE = 500_000
 _BURST = 1_000_000
 
 
+_SILENCE = 0.25  # seconds
+
+
 class Screen(Protocol):
     """Where a run's output is shown.
 
@@ -70,14 +73,20 @@ class NotebookScreen:
         self._shell = shell
         self._panel_id = secrets.token_hex(8)
         self._panel: MimeBundle | None = None
+        self._flushed = float("-inf")
         # %%capture and redirect_stdout take what is printed, and would record each update as an output of its own.
         self.in_place = type(sys.stdout).__module__.startswith("ipykernel")
 
     def write(self, text: str) -> None:
         """Show complete lines of text."""
         _bucket.take(text)
-        # Looked up each time: %%capture replaces it. ipykernel collects what comes within a fifth of a second.
+        # Looked up each time: %%capture replaces it. ipykernel collects what comes within a fifth of a second; what
+        # comes after a silence need not wait for more.
         sys.stdout.write(text)
+        now = time.monotonic()
+        if now > self._flushed + _SILENCE:
+            sys.stdout.flush()
+            self._flushed = now
 
     def publish(self, data: MimeBundle, metadata: MimeBundle, transient: MimeBundle, update: bool) -> None:
         """Show a mime bundle behind the text so far."""
