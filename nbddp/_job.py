@@ -156,6 +156,7 @@ class _Attempt:
     screen: Screen
     gate: InterruptGate
     start_method: str
+    said: str = ""
 
     def make(self) -> Finished:
         job, gate = self.job, self.gate
@@ -204,6 +205,7 @@ class _Attempt:
 
     def say(self, line: str) -> None:
         """Show a line of nbddp's own."""
+        self.said += line + "\n"
         self.screen.write(line + "\n")
 
     def _run(self, devices: _devices.Devices, run_dir: RunDir) -> Ending:
@@ -222,7 +224,7 @@ class _Attempt:
                 server = stack.enter_context(_wire.listen(run_dir.socket))
                 logs = session.new_logs()
                 stack.callback(session.keep_logs, logs)
-                relay = Relay(devices.ranks, logs, secret, self.screen, self.job.view)
+                relay = Relay(devices.ranks, logs, secret, self.screen, self.job.view, self.said)
             except OSError as error:
                 raise cannot_write("prepare a run", run_dir.socket, error) from error
             stack.callback(relay.close)

@@ -24,6 +24,11 @@ _ROWS = 60
 # Plain lines after which a program that went up to lines is taken to be done with that.
 _PLAIN_AGAIN = 2 * _ROWS
 
+# Seconds without output after which a line that may still be drawn on is given out; longer for programs that were seen
+# to go up to lines that had gone out.
+_SILENCE = 0.5
+_SILENCE_OF_MOVERS = 4.0
+
 _SGR = re.compile(r"\x1b\[[0-9;:]*m")
 _TOKEN = re.compile(
     r"\x1b\[([0-9;:?<=>!]*)([ -/]*[@-~])"  # control sequences: parameters, final byte
@@ -104,9 +109,9 @@ class Lines:
             return self._split(text)
         return _joined(self._draw(text)) if text else ""
 
-    def settle(self) -> str:
+    def settle(self, *, after_silence: bool = False) -> str:
         """Return what is finished as far as can be seen: nothing has come for a while, or another stream goes on."""
-        return _joined(self._release(self._row)) if self.waits else ""
+        return _joined(self._release(self._row)) if self.waits and (after_silence or not self._keep) else ""
 
     def finish(self) -> str:
         """Return all that is left, as complete lines."""
@@ -125,7 +130,12 @@ class Lines:
     @property
     def waits(self) -> bool:
         """Whether `settle` would have something to say."""
-        return bool(self._rows) and self._row > 0 and not self._held and not self._keep
+        return bool(self._rows) and self._row > 0 and not self._held
+
+    @property
+    def patience(self) -> float:
+        """Seconds of silence after which `settle` is to be called."""
+        return _SILENCE_OF_MOVERS if self._keep else _SILENCE
 
     @property
     def current(self) -> list[str]:
@@ -236,6 +246,9 @@ class Lines:
                 for _ in range(min(_ROWS, max(1, number))):
                     self._row += 1
                     if self._row == len(self._rows):
+                        if self._row > 2 * _ROWS:
+                            self._row -= 1
+                            break
                         self._rows.append(_Row())
                 self._column = 0 if final == "E" else self._column
             case "C":

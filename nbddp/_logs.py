@@ -81,8 +81,9 @@ def _text(path: str, lines: int | None) -> str:
             data = file.read(step) + data
     text = data.decode("utf-8", "replace")
     if lines is not None:
-        text = "".join(text.splitlines(keepends=True)[-lines:])
-    elif at > 0:
+        end = text.endswith("\n")
+        text = "\n".join(text.removesuffix("\n").split("\n")[-lines:]) + ("\n" if end else "")
+    if at > 0 and (lines is None or text.count("\n") < lines):
         text = f"… the last {len(data):,} of {size:,} bytes; %ddp log --save PATH copies all of it\n" + text
     return text if not text or text.endswith("\n") else text + "\n"
 

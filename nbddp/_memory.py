@@ -44,10 +44,12 @@ class Meter:
             else:
                 handle = self._nvml.nvmlDeviceGetHandleByUUID(name)
             memory = self._nvml.nvmlDeviceGetMemoryInfo(handle)
-            busy = self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu
         except Exception:  # a GPU that has fallen off the bus, a driver that does not say
             return ""
-        return f"{format_size(memory.used)} of {format_size(memory.total)}, GPU {busy} %"
+        text = f"{format_size(memory.used)} of {format_size(memory.total)}"
+        with contextlib.suppress(Exception):  # not of a part of a GPU
+            text += f", GPU {self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu} %"
+        return text
 
 
 def _of_process(pid: int) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import codecs
 import os
+import re
 from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -49,34 +50,46 @@ class RankOutput:
         self.hidden_lines = self.hidden_chars = self.lines = 0
         self.recent = self.last_line = ""
         self._mark = mark(secret, "")[:-1]
+        self._marks = re.compile(re.escape(self._mark) + rb"(?:([eo])|([ud])(\d{1,9}))\0")
         self._back_and_forth = mark(secret, "o") + mark(secret, "e")
         self._bytes = b""
-        # A character may be split between two reads; what is no UTF-8 is shown as replacement characters.
-        self._decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(2)]
-        self._streams = [Lines(), Lines()]
-        self._stderr = False
+        self._begin()
         self._tail: deque[Text] = deque()
         self._tail_limit = tail_limit
         self._tail_size = 0
         self._log_fd: int | None = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def _begin(self) -> None:
+        # A character may be split between two reads; what is no UTF-8 is shown as replacement characters.
+        self._decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(2)]
+        self._streams = [Lines(), Lines()]
+        self._stderr = False
+
+    def restart(self) -> Iterator[Text]:
+        """Yield what the process has left unfinished; another one takes its place, and goes on in the same log."""
+        yield from self._lines(self._bytes)
+        self._bytes = b""
+        yield from self._rest()
+        self._begin()
 
     def feed(self, data: bytes) -> Iterator[Text | int]:
         """Take what the rank wrote; yield complete lines and the numbers of displays, in order."""
         self._bytes += data
         if b"\0" in self._bytes:
             self._bytes = self._bytes.replace(self._back_and_forth, b"")
-        while (start := self._bytes.find(self._mark)) >= 0:
-            end = self._bytes.find(b"\0", start + len(self._mark))
-            if end < 0:
-                break
-            before, what = self._bytes[:start], self._bytes[start + len(self._mark) : end]
-            self._bytes = self._bytes[end + 1 :]
-            yield from self._lines(before)
-            if what in (b"e", b"o"):
-                self._stderr = what == b"e"
-            else:
-                yield from self._rest()
-                yield int(what)
+            done = 0
+            # What looks like a mark and is none, since two writes were torn into one another, is text.
+            for found in self._marks.finditer(self._bytes):
+                yield from self._lines(self._bytes[done : found.start()])
+                done = found.end()
+                if found[1]:
+                    self._stderr = found[1] == b"e"
+                    continue
+                # An update changes what is elsewhere; what stands here, such as a bar, goes on.
+                if found[2] == b"d":
+                    yield from self._rest()
+                yield int(found[3])
+            self._bytes = self._bytes[done:]
         # A mark may still be incomplete at the end; only what cannot be one is text.
         start = self._bytes.rfind(b"\0", max(0, len(self._bytes) - len(self._mark) - 20))
         complete = len(self._bytes) if start < 0 or not _may_be(self._bytes[start:], self._mark) else start
@@ -86,12 +99,17 @@ class RankOutput:
     def settle(self) -> Iterator[Text]:
         """Yield lines that were held back in case they are drawn on, after a while without any."""
         for stderr, stream in enumerate(self._streams):
-            yield from self._told(stream.settle(), bool(stderr))
+            yield from self._told(stream.settle(after_silence=True), bool(stderr))
 
     @property
     def waits(self) -> bool:
         """Whether `settle` would yield something."""
         return any(stream.waits for stream in self._streams)
+
+    @property
+    def patience(self) -> float:
+        """Seconds of silence after which `settle` is to be called."""
+        return min(stream.patience for stream in self._streams if stream.waits)
 
     def finish(self) -> Iterator[Text]:
         """Yield what is left at the end, as complete lines; the log is closed."""

@@ -30,6 +30,7 @@ _EVERY, _EVERY_OF_FEW, _FEW = 0.5, 0.25, 8
 # Seconds between two questions to the ranks where they are, and between two looks at their memory.
 _ASK_EVERY = 1.0
 
+_ROWS = 64
 _COLUMNS = 5
 _LINE = 100  # characters of a rank's last line that are shown
 _BAR = 20  # cells of a bar drawn as text
@@ -114,6 +115,14 @@ class Panel:
         now = time.monotonic()
         if self._screen is None or now < self.due:
             return
+        try:
+            self._show(now)
+        except Exception as error:  # what ranks print is not to end the run
+            self._screen.write(f"nbddp: the panel has failed ({type(error).__name__}: {error}); the run goes on\n")
+            self._screen, self.due = None, _NEVER
+
+    def _show(self, now: float) -> None:
+        assert self._screen is not None
         # Not from now on: ticks come late by what the loop is doing.
         self.due = max(self.due + self._every, now)
         if now >= self._asked + _ASK_EVERY:
@@ -128,7 +137,9 @@ class Panel:
     def look(self) -> None:
         """Ask the ranks where they are; the answers come as messages. Look at their memory."""
         for state in self._ranks.states.values():
-            if state.in_cell and not state.ended and state.outcome is None:
+            # One question at a time: to one that does not answer, what matters must still get through.
+            if state.in_cell and not state.ended and state.outcome is None and not state.asked:
+                state.asked = True
                 self._ranks.tell(state, "look")
         self._memory = self._meter.read({rank: state.pid for rank, state in self._ranks.states.items()})
 
@@ -139,6 +150,7 @@ class Panel:
             return
         summary = self.summary(cause)
         self._screen.panel({"text/plain": summary.text, "text/html": summary_as_html(summary)})
+        self._screen = None
 
     def text(self) -> str:
         """Return the panel as text, for ``%ddp status``."""
@@ -146,7 +158,7 @@ class Panel:
 
     def rows(self) -> list[Row]:
         """Return what is known of each rank."""
-        return [self._row(rank) for rank in range(self._count)]
+        return [self._row(rank) for rank in range(min(self._count, _ROWS))]
 
     def summary(self, cause: str) -> Summary:
         """Return what is to be said of the run when it is over."""
@@ -165,9 +177,9 @@ class Panel:
                 text = f"nbddp: {ranks} interrupted after {took}"
             case _:
                 text = f"nbddp: {ranks} ended after {took}"
-        each = min(_FOLDS // self._count, 4_000)
+        each = min(_FOLDS // min(self._count, _ROWS), 4_000)
         folds = []
-        for output in self._outputs:
+        for output in self._outputs[:_ROWS]:
             state = self._ranks.states.get(output.rank)
             how = "never started" if state is None else _short(in_short(state))
             lines = "1 line" if output.lines == 1 else f"{output.lines:,} lines"
@@ -179,15 +191,17 @@ class Panel:
 
     def _heading(self) -> str:
         ranks = "1 rank" if self._count == 1 else f"{self._count} ranks"
-        return f"nbddp: {ranks}, {_duration(time.monotonic() - self._began)}"
+        first = f", the first {_ROWS} are shown" if self._count > _ROWS else ""
+        return f"nbddp: {ranks}{first}, {_duration(time.monotonic() - self._began)}"
 
     def _row(self, rank: int) -> Row:
         state = self._ranks.states.get(rank)
         output = self._outputs[rank]
         current = output.current
-        bars = [bar for line in current if (bar := parse(line)) is not None]
-        last = next((line for line in reversed(current) if parse(line) is None), output.last_line)
-        line = _SGR.sub("", last).strip()[:_LINE]
+        parsed = [(line, parse(line)) for line in current]
+        bars = [bar for _, bar in parsed if bar is not None]
+        last = next((line for line, bar in reversed(parsed) if bar is None), output.last_line)
+        line = _SGR.sub("", last[: 2 * _LINE]).strip()[:_LINE]
         name = _state_of(state)
         where = state.where if state is not None and name.startswith(("running", "waiting")) else {}
         if where.get("waits"):

@@ -32,7 +32,9 @@ def settings() -> dict[str, Any]:
     defaults = getattr(matplotlib, "rcParamsDefault", None)
     if matplotlib is not None and defaults is not None:
         current = dict.items(matplotlib.rcParams)  # not its own, which resolves the backend
-        params = {key: value for key, value in current if key not in _NOT_SENT and value != defaults.get(key)}
+        params = {
+            key: value for key, value in current if key not in _NOT_SENT and _differ(value, dict.get(defaults, key))
+        }
         if params:
             found["rcParams"] = params
     inline = getattr(sys.modules.get("matplotlib_inline.config"), "InlineBackend", None)
@@ -43,6 +45,13 @@ def settings() -> dict[str, Any]:
         if changed:
             found["InlineBackend"] = changed
     return {NAME: found} if found else {}
+
+
+def _differ(value: Any, default: Any) -> bool:
+    try:
+        return bool(value != default)
+    except Exception:  # arrays in them, of different lengths
+        return True
 
 
 def take(namespace: dict[str, Any]) -> Mapping[str, Any]:

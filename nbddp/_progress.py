@@ -7,12 +7,17 @@ from dataclasses import dataclass
 
 _SGR = re.compile(r"\x1b\[[0-9;:]*m")
 _PERCENT = re.compile(r"(?<![\d.])(\d{1,3}(?:\.\d+)?)\s?%")
-_COUNT = re.compile(r"(?<![\d.:/])(\d[\d,]*(?:\.\d+)?[kKMGT]?)\s?/\s?(\d[\d,]*(?:\.\d+)?[kKMGT]?)(?![\d/:.])")
+_COUNT = re.compile(
+    r"(?<![\d.,:/])(\d[\d,]{0,20}(?:\.\d{1,9})?[kKMGT]?)\s?/\s?(\d[\d,]{0,20}(?:\.\d{1,9})?[kKMGT]?)(?![\d/:.])"
+)
 _TQDM_LEFT = re.compile(r"\[(?:\d+:)?\d+:\d+<((?:\d+:)?\d+:\d+|\?)")
 _ETA = re.compile(r"ETA:?\s*((?:\d+:)+\d+|\d+\s?m?s)\b")
 _CLOCK = re.compile(r"(?<![\d:])(\d+:\d\d:\d\d|-:--:--)(?![\d:])")
 # What a bar is drawn with.
 _BAR = re.compile(r"[█▉▊▋▌▍▎▏░▒▓━╸╺─■□▰▱●○]{2,}|\|[ #\d=>.\-█▏▎▍▌▋▊▉]{3,}\||\[[=>.#\- ]{3,}\]")
+
+# A line of more characters is looked at up to there.
+_LONGEST = 1000
 
 _FACTOR = {"k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 
@@ -36,7 +41,7 @@ class Progress:
 
 def parse(line: str) -> Progress | None:
     """Return what a line says of progress; None if it is no progress bar."""
-    line = _SGR.sub("", line).strip()
+    line = _SGR.sub("", line[:_LONGEST]).strip()
     percent, bar = _PERCENT.search(line), _BAR.search(line)
     # Behind the bar, if there is one: "Epoch 1/3 ━━━━ 5/16". Keras has it before.
     count = (_COUNT.search(line, bar.end()) if bar else None) or _COUNT.search(line)

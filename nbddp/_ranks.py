@@ -43,6 +43,7 @@ class RankState:
         died: When it was seen to be gone without having said so.
         exitcode: How torchrun says that it ended, if it died.
         stopped: Whether it was ended by nbddp.
+        asked: Whether it has been asked where it is, and has not answered.
         where: Where it last said that it is; see `nbddp._uplink.Uplink._where`.
     """
 
@@ -59,6 +60,7 @@ class RankState:
     exitcode: int | None = None
     stopped: bool = False
     where: dict[str, Any] = field(default_factory=dict)
+    asked: bool = False
 
     @property
     def failed_at(self) -> float | None:
@@ -179,6 +181,7 @@ class Ranks:
             for old in self.states.values():
                 self._drain(old)
                 self._forget(old)
+                self._relay.restart(old.rank)
             self.states = {}
             self.values = {}
         output = inbox.fds.pop(0)
@@ -211,10 +214,11 @@ class Ranks:
                     self._began()
                 case "display" if message["value"]:
                     self.values[state.rank] = message["data"], message["metadata"]
+                    self._relay.display(state.rank, message)
                 case "display":
                     self._relay.display(state.rank, message)
                 case "at":
-                    state.where = message
+                    state.where, state.asked = message, False
                 case "report":
                     state.outcome = message
                     for stage, at in message["times"].items():

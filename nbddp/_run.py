@@ -140,6 +140,7 @@ class Run:
             self.panel.finish(ending.cause)
             return ending
         finally:
+            self.panel.finish("lost")  # if it left by an exception
             self._loop.close()
             self._ranks.close()
 
@@ -302,7 +303,8 @@ class Run:
             and not (self._ranks.agent_ended or self._launcher_ended)
             and time.monotonic() < deadline
         ):
-            self._loop.step(deadline)
+            self._loop.step(min(deadline, self._ranks.due))
+            self._ranks.tick()
 
     def _let_go(self) -> None:
         """Tell the launcher that the run is over; see to it that all of it is gone, where that matters."""
@@ -319,7 +321,8 @@ class Run:
             return
         deadline = time.monotonic() + _END_SECONDS
         while not self._launcher_ended and time.monotonic() < deadline:
-            self._loop.step(deadline)
+            self._loop.step(min(deadline, self._ranks.due))
+            self._ranks.tick()
 
     def _send_kill(self) -> None:
         with contextlib.suppress(OSError):

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 MimeBundle = dict[str, Any]
 
 # A Jupyter server drops the stream output of a kernel above 1 MB/s, counted over 3 seconds.
-_RATE = 500_000
+RATE = 500_000
 _BURST = 1_000_000
 
 
@@ -52,7 +52,7 @@ class _Bucket:
 
     def room(self) -> int:
         now = time.monotonic()
-        self._level = min(_BURST, self._level + (now - self._at) * _RATE)
+        self._level = min(_BURST, self._level + (now - self._at) * RATE)
         self._at = now
         return int(self._level)
 
@@ -120,8 +120,7 @@ class Terminal:
 
     def write(self, text: str) -> None:
         """Show complete lines of text."""
-        sys.stdout.write(self._taken_away() + text + self._panel)
-        sys.stdout.flush()
+        self._write(self._taken_away() + text + self._panel)
 
     def publish(self, data: MimeBundle, metadata: MimeBundle, transient: MimeBundle, update: bool) -> None:
         """Show the plain text of a mime bundle."""
@@ -131,10 +130,12 @@ class Terminal:
     def panel(self, data: MimeBundle) -> None:
         """Show the plain text of a mime bundle in the place of the last one that came this way."""
         before = self._taken_away()
-        columns = _columns()
-        self._panel = "".join(line[: columns - 1] + "\n" for line in str(data.get("text/plain", "")).splitlines())
-        sys.stdout.write(before + self._panel)
-        sys.stdout.flush()
+        size = _size()
+        lines = str(data.get("text/plain", "")).splitlines()
+        if len(lines) > size.lines - 1:  # what is higher than the window cannot be taken away again
+            lines = [*lines[: size.lines - 2], f"… and {len(lines) - size.lines + 2} more"]
+        self._panel = "".join(line[: size.columns - 1] + "\n" for line in lines)
+        self._write(before + self._panel)
 
     def clear(self, *, wait: bool) -> None:
         """Do nothing: what scrolled by cannot be taken back."""
@@ -143,17 +144,26 @@ class Terminal:
         """Return how many bytes of text can be shown now: any number."""
         return sys.maxsize
 
+    def _write(self, text: str) -> None:
+        try:
+            sys.stdout.write(text)
+        except UnicodeEncodeError:  # PYTHONIOENCODING=ascii, a C locale
+            encoding = sys.stdout.encoding
+            sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+        sys.stdout.flush()
+
     def _taken_away(self) -> str:
         """Return what takes the panel off the terminal."""
         rows = self._panel.count("\n")
         return f"\x1b[{rows}F\x1b[J" if rows else ""
 
 
-def _columns() -> int:
+def _size() -> os.terminal_size:
     try:
-        return os.get_terminal_size(sys.stdout.fileno()).columns or 80
+        size = os.get_terminal_size(sys.stdout.fileno())
     except (OSError, ValueError):
-        return 80
+        size = os.terminal_size((0, 0))
+    return os.terminal_size((size.columns or 80, size.lines or 24))
 
 
 def screen_of(shell: Any) -> Screen:

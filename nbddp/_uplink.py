@@ -13,7 +13,9 @@ import ctypes
 import faulthandler
 import fcntl
 import io
+import logging
 import os
+import select
 import signal
 import sys
 import threading
@@ -51,10 +53,14 @@ class Uplink:
                 fcntl.fcntl(into, _F_SETPIPE_SZ, _PIPE_SIZE)
         os.dup2(into, 1)
         os.dup2(into, 2)
-        os.close(into)
+        self._pipe, self._pid = into, os.getpid()
         # New ones: the inherited took descriptor 1 for a file.
-        sys.stdout = sys.__stdout__ = _text_stream(open(1, "wb", closefd=False))  # type: ignore[misc]  # noqa: SIM115
-        sys.stderr = sys.__stderr__ = _text_stream(io.BufferedWriter(_MarkedStderr(secret)))  # type: ignore[misc]
+        before = sys.stderr
+        raw = io.FileIO(1, "wb", closefd=False)
+        raw.name = "<stdout>"
+        sys.stdout = sys.__stdout__ = _text_stream(raw)  # type: ignore[misc]
+        sys.stderr = sys.__stderr__ = _text_stream(_MarkedStderr(secret))  # type: ignore[misc]
+        _redirect_loggers(before, sys.stderr)
         rank = int(os.environ["RANK"])
         self._stacks = open(run.stacks(rank), "wb")  # noqa: SIM115  # faulthandler keeps its descriptor
         faulthandler.enable(self._stacks, all_threads=False)
@@ -93,8 +99,12 @@ class Uplink:
         self, data: dict[str, Any], metadata: dict[str, Any], transient: dict[str, Any], update: bool, value: bool
     ) -> None:
         """Have the notebook show a mime bundle after what has been printed so far."""
+        if os.getpid() != self._pid:
+            # A child has no connection of its own.
+            print(data.get("text/plain", ""))  # noqa: T201
+            return
         with self._lock, _whole():
-            self._mark()
+            self._mark("u" if update else "d")
             _wire.send(
                 self._sock,
                 "display",
@@ -108,8 +118,10 @@ class Uplink:
 
     def clear(self, wait: bool) -> None:
         """Have the notebook take away what this rank has shown; with `wait`, when it shows something else."""
+        if os.getpid() != self._pid:
+            return
         with self._lock, _whole():
-            self._mark()
+            self._mark("u")
             _wire.send(self._sock, "display", number=self._displays, value=False, clear="wait" if wait else "now")
 
     def begin(self, cell: str) -> None:
@@ -122,12 +134,12 @@ class Uplink:
         with self._lock, _whole():
             _wire.send(self._sock, kind, **fields)
 
-    def _mark(self) -> None:
+    def _mark(self, what: str) -> None:
         """Mark the place of the next display in the output."""
         flush()
         self._displays += 1
-        with contextlib.suppress(OSError):  # the cell has closed descriptor 1: it is shown at the end
-            os.write(1, _wire.mark(self._secret, str(self._displays)))
+        # Not to descriptor 1, which the cell may have closed or sent to a file.
+        os.write(self._pipe, _wire.mark(self._secret, f"{what}{self._displays}"))
 
     def report(self, **outcome: Any) -> None:
         """Tell how the cell ended."""
@@ -176,9 +188,19 @@ def _whole() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _text_stream(buffer: io.BufferedWriter) -> io.TextIOWrapper:
+def _redirect_loggers(before: Any, after: Any) -> None:
+    """Have handlers write to the new stream, such as torch's, that were made before the fork."""
+    for reference in list(logging._handlerList):  # type: ignore[attr-defined]
+        handler = reference()
+        if isinstance(handler, logging.StreamHandler) and handler.stream is before:
+            handler.stream = after
+
+
+def _text_stream(raw: io.RawIOBase) -> io.TextIOWrapper:
     """Return a stream that writes each line in one piece, and can write any string."""
-    return io.TextIOWrapper(buffer, encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    stream = io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors="backslashreplace", line_buffering=True)
+    stream.mode = "w"  # type: ignore[misc]  # as the interpreter's own have it
+    return stream
 
 
 class _MarkedStderr(io.RawIOBase):
@@ -187,6 +209,7 @@ class _MarkedStderr(io.RawIOBase):
     def __init__(self, secret: str) -> None:
         self._before, self._after = _wire.mark(secret, "e"), _wire.mark(secret, "o")
         self._pipe = _identity(2)
+        self.name = "<stderr>"
 
     def fileno(self) -> int:
         return 2
@@ -198,14 +221,18 @@ class _MarkedStderr(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
-        data = bytes(data)
+        view = memoryview(bytes(data))
         # The cell, or a library, may have sent descriptor 2 elsewhere.
-        whole = self._before + data + self._after if _identity(2) == self._pipe else data
+        marked = _identity(2) == self._pipe
+        # So much is written in one piece: nobody else's text gets between the marks.
+        size = select.PIPE_BUF - len(self._before) - len(self._after) if marked else len(view)
         with _whole():
-            view = memoryview(whole)
-            while view:
-                view = view[os.write(2, view) :]
-        return len(data)
+            for start in range(0, len(view), size):
+                piece = bytes(view[start : start + size])
+                rest = memoryview(self._before + piece + self._after if marked else piece)
+                while rest:
+                    rest = rest[os.write(2, rest) :]
+        return len(view)
 
 
 def _identity(fd: int) -> tuple[int, int]:

@@ -25,7 +25,11 @@ _MAX_PATH = 100
 
 
 def mark(secret: str, what: str) -> bytes:
-    """Return what stands in a rank's output: the number of a display, or "e" and "o" around what went to stderr."""
+    """Return what stands in a rank's output.
+
+    "e" and "o" stand around what went to stderr; "d" and a number stand where a display belongs, "u" and a number where
+    one is updated, or the output cleared.
+    """
     return f"\0nbddp:{secret}:{what}\0".encode()
 
 

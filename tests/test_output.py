@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-
-import pytest
+from pathlib import Path
 
 from nbddp._relay import TEXT_LIMIT
 from tests.kernel import Kernel
@@ -127,6 +126,9 @@ def test_plots_look_like_the_notebooks(new_kernel: Callable[..., Kernel]) -> Non
         "pyplot.plot([1, 2])\npyplot.show()"
     )
     assert [sorted(set(bundle) - {"text/plain"}) for bundle in reply.displays] == [["image/svg+xml"]] * 2
+    # A common way to choose colours: arrays, of which the default has others in number.
+    kernel.ok("plt.rcParams['axes.prop_cycle'] = matplotlib.cycler(color=plt.cm.viridis([i / 10 for i in range(10)]))")
+    kernel.ok("%%ddp --cpus 1\nassert len(plt.rcParams['axes.prop_cycle']) == 10")
     kernel.ok("plt.rcdefaults()\n%matplotlib inline")
     kernel.ok("%%ddp --cpus 1\nassert plt.rcParams['axes.prop_cycle'].by_key()['color'][0] != 'r'")
 
@@ -197,7 +199,75 @@ def test_logs_of_ranks_that_were_not_there(kernel: Kernel) -> None:
     assert "the last run had ranks 0 to 0" in kernel.run("%ddp log 4").message
 
 
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_input_is_at_its_end(kernel: Kernel, stream: str) -> None:
+def test_a_long_text_display_is_no_end(kernel: Kernel) -> None:
+    reply = kernel.ok("%%ddp --cpus 2\nif rank == 0:\n    display('x' * 900_000)\nprint('after')")
+    assert reply.lines[-2:] == ["[rank 0] after", "[rank 1] after"] or "after" in reply.text
+    assert reply.seconds < 30
+
+
+def test_numbers_without_end_do_not_hold_up_the_panel(kernel: Kernel) -> None:
+    reply = kernel.ok(
+        "%%ddp --cpus 2\nimport time\nnumbers = ','.join(map(str, range(16000)))\n"
+        "for i in range(6):\n    print(numbers, end='', flush=True)\n"
+        "    time.sleep(0.3)\n    print()",
+        timeout=30,
+    )
+    assert reply.panels
+
+
+def test_values_do_not_hold_up_threads(kernel: Kernel) -> None:
+    import time
+
+    began, seen = time.monotonic(), []
+    kernel.run_and(
+        "%%ddp --cpus 1\nimport threading, time\ndef later():\n    for i in range(8):\n        time.sleep(0.5)\n"
+        "        print('thread', i)\nthreading.Thread(target=later).start()\n'value'",
+        "thread 1",
+        lambda: seen.append(time.monotonic() - began),
+    )
+    assert seen[0] < 3
+
+
+def test_a_display_in_a_forked_child_is_its_text(kernel: Kernel) -> None:
+    reply = kernel.ok(
+        "%%ddp --cpus 1\nimport os\nfrom IPython.display import HTML, display\nif (pid := os.fork()) == 0:\n"
+        "    display(HTML('<b>child</b>'))\n    import sys; sys.stdout.flush()\n    os._exit(0)\nos.waitpid(pid, 0)\n"
+        "display(HTML('<b>parent</b>'))\nprint('after')"
+    )
+    assert reply.text == "<IPython.core.display.HTML object>\nafter\n"
+    assert reply.displays == [{"text/html": "<b>parent</b>", "text/plain": "<IPython.core.display.HTML object>"}]
+
+
+def test_a_display_while_stdout_goes_to_a_file(kernel: Kernel, tmp_path: Path) -> None:
+    kernel.ok(
+        f"%%ddp --cpus 1\nimport os\nfd = os.open({str(tmp_path / 'out')!r}, os.O_CREAT | os.O_WRONLY)\n"
+        "old = os.dup(1)\nos.dup2(fd, 1)\nprint('to file')\ndisplay('shown')\nos.dup2(old, 1)"
+    )
+    assert (tmp_path / "out").read_bytes() == b"to file\n"
+
+
+def test_streams_have_the_names_that_an_interpreter_gives_them(kernel: Kernel) -> None:
+    reply = kernel.ok(
+        "%%ddp --cpus 2 --ranks 0\nimport sys, logging\n"
+        "print(sys.stdout.name, sys.stderr.name, sys.stdout.mode, sys.stderr.mode)\n"
+        "logging.getLogger('torch._dynamo').warning('careful')"
+    )
+    assert reply.text.splitlines()[0] == "[rank 0] <stdout> <stderr> w w"
+    assert reply.text.splitlines()[1].startswith("(rank 0) ")
+    assert "careful" in reply.text
+
+
+def test_a_restart_begins_anew(kernel: Kernel) -> None:
+    reply = kernel.ok(
+        "%%ddp --cpus 2 --max-restarts 1 --ranks 0\nimport os, time\n"
+        "attempt = os.environ['TORCHELASTIC_RESTART_COUNT']\n"
+        "print('\\x1b[?25lhalf', attempt, end='', flush=True)\nif attempt == '0':\n    time.sleep(0.5)\n    os._exit(3)\n"
+        "print('\\x1b[?25h')\nprint('attempt', attempt)"
+    )
+    lines = [line for line in reply.text.splitlines() if not line.startswith("nbddp:")]
+    assert lines == ["[rank 0] half 0", "[rank 0] half 1", "[rank 0] attempt 1"]
+
+
+def test_input_is_at_its_end(kernel: Kernel) -> None:
     reply = kernel.run("%%ddp --cpus 1\ninput()")
     assert "EOFError" in reply.message

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nbddp._relay import Relay, View
 from nbddp._wire import mark
@@ -110,7 +114,7 @@ def test_a_bar_on_stderr_and_prints_do_not_mix(record: Record, tmp_path: Path) -
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
 def test_any_division_into_reads_gives_the_same(record: Record, tmp_path: Path, size: int) -> None:
-    data = "naïve\r\n50%\r100%\nlast \0 zero".encode() + mark(SECRET, "1") + b"after\n\xff\n" + STDERR + b"e" + STDOUT
+    data = "naïve\r\n50%\r100%\nlast \0 zero".encode() + mark(SECRET, "d1") + b"after\n\xff\n" + STDERR + b"e" + STDOUT
     relay = make(record, tmp_path)
     relay.display(0, display(1, **{"text/html": "x"}))
     for start in range(0, len(data), size):
@@ -123,9 +127,55 @@ def test_any_division_into_reads_gives_the_same(record: Record, tmp_path: Path, 
     )
 
 
+@given(
+    st.lists(
+        st.sampled_from(
+            [
+                b"a",
+                b"\n",
+                b"\0",
+                b"\r",
+                b"\xc3",
+                STDERR,
+                STDOUT,
+                mark(SECRET, "d1"),
+                mark(SECRET, "u")[:-4],
+                mark(SECRET, "x"),
+                STDERR[:9],
+                STDERR[9:],
+                mark(SECRET, "d"),
+            ]
+        )
+    ),
+    st.integers(1, 50),
+)
+def test_torn_marks_are_text_and_nothing_fails(pieces: list[bytes], size: int) -> None:
+    data = b"".join(pieces)
+    with tempfile.TemporaryDirectory() as folder:
+        relay = Relay(1, folder, SECRET, Record())
+        for start in range(0, len(data), size):
+            relay.feed(0, data[start : start + size])
+        relay.finish()
+
+
+def test_a_restarted_rank_begins_anew(record: Record, tmp_path: Path) -> None:
+    relay = make(record, tmp_path)
+    relay.feed(
+        0,
+        b"\x1b[?25l" + b"half a line" + STDERR + b"half" + mark(SECRET, "d7") + b"behind a lost display\n" + STDERR[:8],
+    )
+    relay.restart(0)
+    relay.feed(0, b"attempt 1\n" + mark(SECRET, "d1"))
+    relay.display(0, display(1, **{"text/html": "x"}))
+    assert record.text.splitlines()[-2:] == ["[rank 0] attempt 1", "[rank 0]"]
+    assert "[rank 0] half a line" in record.text
+    assert "(rank 0) behind a lost display" in record.text
+    assert record.shown[-1] == {"text/html": "x"}
+
+
 def test_a_mark_of_another_run_is_text(record: Record, tmp_path: Path) -> None:
     relay = make(record, tmp_path)
-    relay.feed(0, mark("f" * 16, "1") + b"\n")
+    relay.feed(0, mark("f" * 16, "d1") + b"\n")
     relay.finish()
     assert "nbddp:ffff" in record.text
 
@@ -150,7 +200,7 @@ def test_only_the_ranks_that_are_asked_for_are_shown(record: Record, tmp_path: P
     relay = Relay(3, str(tmp_path), SECRET, record, View(ranks=(0, 2)))
     for rank in range(3):
         relay.feed(rank, b"line\n")
-        relay.feed(rank, mark(SECRET, "1"))
+        relay.feed(rank, mark(SECRET, "d1"))
         relay.display(rank, display(1, **{"text/html": str(rank)}))
     relay.finish()
     assert record.text.count("line") == 2
@@ -161,7 +211,7 @@ def test_only_the_ranks_that_are_asked_for_are_shown(record: Record, tmp_path: P
 
 def test_plain_output_is_rank_after_rank_without_colours(record: Record, tmp_path: Path) -> None:
     relay = make(record, tmp_path, 3, plain=True)
-    relay.feed(2, b"c\n" + mark(SECRET, "1"))
+    relay.feed(2, b"c\n" + mark(SECRET, "d1"))
     relay.feed(0, b"a\n")
     relay.display(2, display(1, **{"text/html": "x"}))
     relay.feed(1, b"b\n")
@@ -205,7 +255,7 @@ def test_a_display_whose_mark_never_comes_is_shown_at_the_end(record: Record, tm
 def test_a_display_may_come_before_or_after_its_mark(record: Record, tmp_path: Path) -> None:
     relay = make(record, tmp_path, ranks=1)
     relay.display(0, display(1, **{"text/html": "1"}))
-    relay.feed(0, b"a\n" + mark(SECRET, "1") + b"b\n" + mark(SECRET, "2"))
+    relay.feed(0, b"a\n" + mark(SECRET, "d1") + b"b\n" + mark(SECRET, "d2"))
     relay.display(0, display(2, **{"text/html": "2"}))
     assert record.shown == ["a\n", {"text/html": "1"}, "b\n", {"text/html": "2"}]
 
@@ -217,7 +267,7 @@ def shown_with_id(rank: int, number: int, text: str, *, update: bool, key: str =
 def test_ids_of_displays_are_each_ranks_own(record: Record, tmp_path: Path) -> None:
     relay = make(record, tmp_path)
     for rank in range(2):
-        relay.feed(rank, mark(SECRET, "1") + mark(SECRET, "2"))
+        relay.feed(rank, mark(SECRET, "d1") + mark(SECRET, "d2"))
         relay.display(rank, shown_with_id(rank, 1, f"{rank} old", update=False))
     relay.display(1, shown_with_id(1, 2, "1 new", update=True))
     relay.finish()
@@ -228,7 +278,7 @@ def test_ids_of_displays_are_each_ranks_own(record: Record, tmp_path: Path) -> N
 
 def test_updates_of_what_the_notebook_showed_go_there(record: Record, tmp_path: Path) -> None:
     relay = make(record, tmp_path)
-    relay.feed(0, mark(SECRET, "1"))
+    relay.feed(0, mark(SECRET, "d1"))
     relay.display(0, shown_with_id(0, 1, "new", update=True, key="the notebook's"))
     relay.finish()
     assert record.shown == [("the notebook's", {"text/html": "new"})]
@@ -236,10 +286,10 @@ def test_updates_of_what_the_notebook_showed_go_there(record: Record, tmp_path: 
 
 def test_many_updates_become_few(record: Record, tmp_path: Path) -> None:
     relay = make(record, tmp_path, ranks=1)
-    relay.feed(0, mark(SECRET, "1"))
+    relay.feed(0, mark(SECRET, "d1"))
     relay.display(0, shown_with_id(0, 1, "first", update=False))
     for number in range(2, 500):
-        relay.feed(0, mark(SECRET, str(number)))
+        relay.feed(0, mark(SECRET, f"d{number}"))
         relay.display(0, shown_with_id(0, number, str(number), update=True))
     relay.finish()
     assert len(record.shown) < 20
@@ -250,7 +300,7 @@ def test_clearing_takes_away_what_that_rank_has_shown(record: Record, tmp_path: 
     relay = make(record, tmp_path)
     relay.feed(0, b"old\n")
     relay.feed(1, b"other\n")
-    relay.feed(0, mark(SECRET, "1"))
+    relay.feed(0, mark(SECRET, "d1"))
     relay.display(0, {"number": 1, "clear": "wait"})
     assert "<clear>" not in record.shown
     relay.feed(0, b"new\n")
@@ -260,7 +310,7 @@ def test_clearing_takes_away_what_that_rank_has_shown(record: Record, tmp_path: 
 
 def test_clearing_without_waiting(record: Record, tmp_path: Path) -> None:
     relay = make(record, tmp_path, ranks=1)
-    relay.feed(0, b"old\n" + mark(SECRET, "1"))
+    relay.feed(0, b"old\n" + mark(SECRET, "d1"))
     relay.display(0, {"number": 1, "clear": "now"})
     assert record.shown == ["old\n", "<clear now>"]
 
@@ -270,7 +320,7 @@ def test_clearing_in_a_loop_is_not_a_flood(record: Record, tmp_path: Path) -> No
     relay.feed(1, b"other\n")
     for number in range(1, 1000):
         relay.display(0, {"number": number, "clear": "wait"})
-        relay.feed(0, mark(SECRET, str(number)) + b"%d\n" % number)
+        relay.feed(0, mark(SECRET, f"d{number}") + b"%d\n" % number)
     relay.finish()
     assert len(record.shown) < 20
     last = max(i for i, item in enumerate(record.shown) if item == "<clear>")
@@ -282,7 +332,9 @@ def test_what_is_cleared_makes_room(record: Record, tmp_path: Path) -> None:
     for number in range(1, 2001, 2):
         relay.display(0, {"number": number, "clear": "wait"})
         relay.display(0, display(number + 1, **{"image/png": "x" * 1000}))
-        relay.feed(0, mark(SECRET, str(number)) + b"y" * 500 + b"\n" + mark(SECRET, str(number + 1)) + b"%d\n" % number)
+        relay.feed(
+            0, mark(SECRET, f"d{number}") + b"y" * 500 + b"\n" + mark(SECRET, f"d{number + 1}") + b"%d\n" % number
+        )
     relay.finish()
     assert "not shown" not in record.text
     assert record.shown[-1] == "1999\n"
@@ -291,7 +343,7 @@ def test_what_is_cleared_makes_room(record: Record, tmp_path: Path) -> None:
 def test_displays_are_bounded(record: Record, tmp_path: Path) -> None:
     relay = make(record, tmp_path, ranks=1, display_limit=10_000)
     for number in range(1, 21):
-        relay.feed(0, mark(SECRET, str(number)))
+        relay.feed(0, mark(SECRET, f"d{number}"))
         relay.display(0, display(number, **{"image/png": "x" * 1000}))
     relay.finish()
     assert sum(isinstance(item, dict) for item in record.shown) == 10
@@ -331,6 +383,53 @@ def test_a_server_is_given_no_more_than_it_takes(record: Record, tmp_path: Path)
     record.takes = 1 << 40
     relay.finish()
     assert len(record.text) == 100_100
+
+
+def test_a_line_that_is_longer_than_the_room_is_cut(record: Record, tmp_path: Path) -> None:
+    relay = make(record, tmp_path, ranks=1, text_limit=2_000_000)
+    record.takes = 30_000
+    relay.feed(0, b"x" * 90_000 + b"\n")
+    threading.Timer(0.5, lambda: setattr(record, "takes", 1 << 40)).start()
+    relay.finish()
+    assert record.text.replace("\n", "") == "x" * 90_000
+
+
+def test_plain_output_does_not_depend_on_how_it_was_read(tmp_path: Path) -> None:
+    data = b"".join(b"%d: %s\n" % (i, b"x" * (i % 50)) for i in range(300))
+    texts = set()
+    for size in (1, 100, 3000, 100_000):
+        record = Record()
+        relay = Relay(2, str(tmp_path), SECRET, record, View(plain=True, text_limit=5000))
+        for start in range(0, len(data), size):
+            relay.feed(1, data[start : start + size])
+        relay.finish()
+        texts.add(record.text)
+    assert len(texts) == 1
+
+
+def test_a_display_that_cannot_be_shown_is_not_the_end(record: Record, tmp_path: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise UnicodeEncodeError("utf-8", "", 0, 1, "surrogates not allowed")
+
+    record.publish = fail  # type: ignore[method-assign]
+    relay = make(record, tmp_path, ranks=1)
+    relay.display(0, display(1, **{"text/html": "x"}))
+    relay.feed(0, mark(SECRET, "d1") + b"after\n")
+    assert "a display could not be shown: UnicodeEncodeError" in record.text
+    assert record.text.endswith("after\n")
+
+
+def test_clearing_comes_before_what_is_hidden(record: Record, tmp_path: Path) -> None:
+    relay = make(record, tmp_path, text_limit=1000)
+    relay.feed(0, b"y" * 90 + b"\n" * 100)
+    for number in range(1, 700):
+        relay.display(0, {"number": number, "clear": "wait"})
+        relay.feed(0, mark(SECRET, f"u{number}") + b"now %d\n" % number + mark(SECRET, f"d{number + 1000}"))
+        relay.display(0, display(number + 1000, **{"text/plain": str(number)}))
+    relay.finish()
+    last = max(i for i, item in enumerate(record.shown) if item == "<clear>")
+    assert COLOUR.sub("", "".join(record.shown[last + 1 :])) == "[rank 0] now 699\n[rank 0] 699\n"
+    assert "not shown" not in record.text
 
 
 def test_a_long_text_is_added_to_less_often(record: Record, tmp_path: Path) -> None:
