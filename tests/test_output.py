@@ -261,7 +261,8 @@ def test_a_restart_begins_anew(kernel: Kernel) -> None:
     reply = kernel.ok(
         "%%ddp --cpus 2 --max-restarts 1 --ranks 0\nimport os, time\n"
         "attempt = os.environ['TORCHELASTIC_RESTART_COUNT']\n"
-        "print('\\x1b[?25lhalf', attempt, end='', flush=True)\nif attempt == '0':\n    time.sleep(0.5)\n    os._exit(3)\n"
+        "print('\\x1b[?25lhalf', attempt, end='', flush=True)\n"
+        "if attempt == '0':\n    time.sleep(0.5)\n    os._exit(3)\n"
         "print('\\x1b[?25h')\nprint('attempt', attempt)"
     )
     lines = [line for line in reply.text.splitlines() if not line.startswith("nbddp:")]
