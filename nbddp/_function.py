@@ -101,7 +101,7 @@ def launch(
         options=options,
         wanted=Wanted(gather=(_VALUE,)),
         source_of=_magic.source_of(shell) if shell is not None else lambda _: None,
-        colors=str(shell.colors) if shell is not None else "",
+        colors=str(shell.colors) if shell is not None else ("" if sys.stderr.isatty() else "nocolor"),
         place="the function",
         view=View(options.ranks, options.plain or _settings.plain(os.environ)),
     )

@@ -32,7 +32,7 @@ _SILENCE_OF_MOVERS = 4.0
 _SGR = re.compile(r"\x1b\[[0-9;:]*m")
 _TOKEN = re.compile(
     r"\x1b\[([0-9;:?<=>!]*)([ -/]*[@-~])"  # control sequences: parameters, final byte
-    r"|(\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[^\[\]\x1b])"  # titles and links; other escapes
+    r"|(\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[^\[\]\x1b\r\n\b])"  # titles and links; other escapes
     r"|([\r\n\b\x07\x0b\x0c])"
     r"|([^\x1b\r\n\b\x07\x0b\x0c]+)"
     r"|(\x1b)"  # of nothing that is known
@@ -42,6 +42,10 @@ _CONTROL = re.compile(r"[\r\b\x07\x0b\x0c]|\x1b(?!\[[0-9;:]*m)")
 # The beginning of a sequence, or of a Windows newline, whose rest has not been read yet.
 _PARTIAL = re.compile(r"(?:\x1b(?:\[[0-9;:?<=>!]*[ -/]*|\][^\x07\x1b]*\x1b?)?|\r)\Z")
 _LONGEST = 300
+
+
+# A bar of tqdm's that is complete: counts, rates and times at its end.
+_BAR = re.compile(r"\d+%?\|.*\| *\S+/\S+ \[\S+<\S+.*\] *\Z|\d+\S* \[\d+:\d+, .*/.*\] *\Z")
 
 
 class _Row:
@@ -96,6 +100,10 @@ class Lines:
         self._held = False  # the cursor is hidden: rich and others draw
         self._keep = 0  # rows that are kept back, since a program went up to them after they had gone out
         self._plain_rows = 0  # since the cursor last went up
+        # Since the cursor came to its row: whether that was written to, whether it is now written to from its left
+        # again, and whether a carriage return said so.
+        self._drawn = self._again = self._returned = False
+        self._aside = ""  # what was written behind a bar, and is no part of it
 
     def feed(self, text: str) -> str:
         """Take characters; return the lines that are complete."""
@@ -116,6 +124,8 @@ class Lines:
     def finish(self) -> str:
         """Return all that is left, as complete lines."""
         text, self._partial = "", ""
+        if self._aside:
+            text = _joined(iter([self._take_aside()]))
         if self._rows:
             self._held, self._keep = False, 0
             if not self._rows[-1].chars:  # where a next line would be
@@ -180,7 +190,21 @@ class Lines:
 
     def _tokens(self, text: str) -> Iterator[_Row]:
         for parameters, final, _, control, plain, _ in _TOKEN.findall(text):
+            if self._aside and (plain or control in ("\n", "\r")):
+                self._aside += plain
+                if control:
+                    yield self._take_aside()
+                if control != "\r":
+                    continue
             if plain:
+                if self._is_aside():
+                    self._aside = plain
+                    continue
+                if self._again:
+                    # Drawn anew where it stands, without a way up in between: what lies above is done.
+                    self._again = False
+                    yield from self._release(self._row)
+                self._drawn = True
                 if self._top is not None:
                     top, self._top = self._top, None
                     yield from self._release(top)
@@ -192,7 +216,9 @@ class Lines:
             elif control == "\n":
                 yield from self._newline()
             elif control == "\r":
+                self._again = self._drawn and self._column > 0 and not (self._held or self._keep)
                 self._column = 0
+                self._returned = True
                 self._rows[self._row].drawn_on = True
             elif control == "\b":
                 self._column = max(0, self._column - 1)
@@ -200,7 +226,24 @@ class Lines:
             elif final:
                 self._control(final, parameters)
 
+    def _is_aside(self) -> bool:
+        """Tell whether text does not belong to the cursor's line: a bar, which is always drawn from its left."""
+        row = self._rows[self._row]
+        if not row.drawn_on or self._held:
+            return False
+        text = "".join(row.chars).rstrip()
+        elsewhere = self._column >= len(text) if self._column else not self._returned
+        return elsewhere and _BAR.search(text) is not None
+
+    def _take_aside(self) -> _Row:
+        """Return the text that was written behind a bar, as a line of its own; the bar stays."""
+        row = _Row()
+        row.put(0, self._aside, self._style)
+        self._aside = ""
+        return row
+
     def _newline(self) -> Iterator[_Row]:
+        self._drawn = self._again = self._returned = False
         done = self._rows[self._row]
         self._row += 1
         self._column = 0
@@ -236,6 +279,7 @@ class Lines:
             case "A" | "F":
                 steps = max(1, number)
                 self._plain_rows = 0
+                self._drawn = self._again = False
                 if steps > self._row:
                     self._keep = min(_ROWS, max(self._keep, steps))
                 self._row = max(0, self._row - steps)

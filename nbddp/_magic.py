@@ -83,13 +83,15 @@ def _cell_number(shell: Any) -> int:
 class DDPMagics(Magics):
     """The magics; settings as in ``%config DDPMagics.grace = 10``."""
 
-    large = Float(1e9, allow_none=True, help="Bytes above which a line says how much a cell sends; None: never.").tag(
+    large = Float(
+        1e9, min=0, allow_none=True, help="Bytes above which a line says how much a cell sends; None: never."
+    ).tag(config=True)
+    output = Int(TEXT_LIMIT, min=1000, help="Characters of output that a cell shows, its beginning and its end.").tag(
         config=True
     )
-    output = Int(TEXT_LIMIT, help="Characters of output that a cell shows, its beginning and its end.").tag(config=True)
-    displays = Int(DISPLAY_LIMIT, help="Bytes of images and other displays that a cell shows.").tag(config=True)
+    displays = Int(DISPLAY_LIMIT, min=0, help="Bytes of images and other displays that a cell shows.").tag(config=True)
     plain = Bool(False, help="Show rank after rank, without colours and panel: the same at every run.").tag(config=True)
-    grace = Float(GRACE_SECONDS, help="Seconds that ranks have to end after an interrupt.").tag(config=True)
+    grace = Float(GRACE_SECONDS, min=0, help="Seconds that ranks have to end after an interrupt.").tag(config=True)
 
     @line_cell_magic  # type: ignore[untyped-decorator]  # IPython's
     def ddp(self, line: str, cell: str | None = None) -> CellValue | dict[str, Any] | None:
@@ -114,8 +116,11 @@ class DDPMagics(Magics):
         except ResultError as error:
             self._left_over = error.results
             raise
+        stale = _stale_optimizers(self.shell.user_ns, finished.results)
         # One call into C, which no interrupt can tear.
         self.shell.user_ns.update(finished.results)
+        if stale:
+            sys.stdout.write(f"{stale}\n")
         return CellValue(*finished.value) if finished.value is not None else None
 
     def _job(self, line: str, source: str, options: Options) -> _job.Job:
@@ -259,6 +264,29 @@ LINE_HELP = """\
 
 # "Docstring" of %%ddp? is what users read first.
 DDPMagics.ddp.__doc__ = f"{help_text()}\n{LINE_HELP}"
+
+
+def _stale_optimizers(space: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    """Return a line on optimizers of the notebook whose parameters are about to be another model's; or none.
+
+    A model that comes back is a new object. An optimizer that did not come with it would go on stepping the old one's
+    parameters, without an error.
+    """
+    torch = sys.modules.get("torch")
+    if torch is None or not hasattr(torch, "optim"):
+        return ""
+    models = {name: space.get(name) for name in results if isinstance(space.get(name), torch.nn.Module)}
+    for name, optimizer in list(space.items()):
+        if name.startswith("_") or name in results or not isinstance(optimizer, torch.optim.Optimizer):
+            continue
+        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for model, module in models.items():
+            if module is not None and any(id(parameter) in own for parameter in module.parameters()):
+                return (
+                    f"nbddp: {name} still holds the parameters that {model} had before; what is to come back as one "
+                    f"goes into one --out: {','.join([*results, name])}"
+                )
+    return ""
 
 
 def _wanted(options: Options) -> Wanted:

@@ -16,7 +16,7 @@ from nbddp import _palette
 from nbddp._memory import Meter
 from nbddp._output import RankOutput
 from nbddp._progress import Progress, parse
-from nbddp._ranks import Ranks, RankState, in_short
+from nbddp._ranks import Ranks, RankState, in_short, in_short_of_other
 from nbddp._screen import Screen
 
 # Seconds after which a cell gets a panel: a quick one shows its lines and nothing else. It begins when the first rank
@@ -181,13 +181,17 @@ class Panel:
         folds = []
         for output in self._outputs[:_ROWS]:
             state = self._ranks.states.get(output.rank)
-            how = "never started" if state is None else _short(in_short(state))
+            how = "never started" if state is None else _short(self._how(state))
             lines = "1 line" if output.lines == 1 else f"{output.lines:,} lines"
             tail = output.recent[-each:]
             if len(tail) < len(output.recent) or output.lines > tail.count("\n"):
                 tail = tail[tail.find("\n") + 1 :]
             folds.append((f"rank {output.rank}: {how}, {lines}", tail))
         return Summary(text, folds, first if cause == "failed" else None)
+
+    def _how(self, state: RankState) -> str:
+        first = self._ranks.failed[:1]
+        return in_short(state) if first in ([], [state]) else in_short_of_other(state, first[0])
 
     def _heading(self) -> str:
         ranks = "1 rank" if self._count == 1 else f"{self._count} ranks"
@@ -302,7 +306,12 @@ def summary_as_html(summary: Summary) -> str:
         f"<details{' open' if rank == summary.open else ''} style='margin:0 0 0 1em'>"
         f"<summary>{html.escape(title)}</summary>"
         f"<pre style='margin:0 0 0 1em;background:none'>{html.escape(_SGR.sub('', tail))}</pre>"
-        f"<div style='{_FADED};margin:0 0 0 1em'>all of it: <code>%ddp log --rank {rank}</code></div></details>"
+        + (
+            f"<div style='{_FADED};margin:0 0 0 1em'>all of it: <code>%ddp log --rank {rank}</code></div>"
+            if tail
+            else ""
+        )
+        + "</details>"
         for rank, (title, tail) in enumerate(summary.folds)
     )
     return (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import selectors
 import signal
 import socket
@@ -22,6 +23,9 @@ from nbddp._relay import Relay
 
 # More at once costs time even if there is less: the buffer is made for it.
 _READ = 1 << 16
+
+# What a collective raises, over gloo and NCCL, when another rank is gone: a consequence, never the cause.
+PEER_GONE = re.compile(r"Connection closed by peer|Connection reset by peer|Broken pipe|ncclRemoteError")
 
 # Ranks that print line by line would wake this process for each line. So after a read that found little, their output
 # is left alone for some milliseconds; their pipes hold far more than they print in that time.
@@ -316,6 +320,15 @@ def in_short(state: RankState) -> str:
             return f"exited with status {outcome['code']}"
         case _:
             return str(outcome["outcome"])
+
+
+def in_short_of_other(state: RankState, first: RankState) -> str:
+    """Return in a few words how a rank ended that was not the first to fail."""
+    if state.outcome is None or PEER_GONE.search(state.outcome.get("message", "")):
+        # By nbddp, by torchrun, or by the loss of the one that failed.
+        return "stopped"
+    text = in_short(state)
+    return "the same" if first.outcome is not None and text == in_short(first) else text
 
 
 def how_it_died(exitcode: int | None) -> str:

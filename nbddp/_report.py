@@ -10,14 +10,11 @@ from typing import Any
 
 from nbddp._errors import LaunchError, NbddpError, RankError, RunLostError, RunTimeout
 from nbddp._paths import RunDir
-from nbddp._ranks import RankState, how_it_died, in_short
+from nbddp._ranks import PEER_GONE, RankState, how_it_died, in_short, in_short_of_other
 from nbddp._run import Ending
 from nbddp._script import Cell
 
 _FRAME = re.compile(r'File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)')
-
-# What a collective raises, over gloo and NCCL, when another rank is gone: a consequence, never the cause.
-_PEER_GONE = re.compile(r"Connection closed by peer|Connection reset by peer|Broken pipe|ncclRemoteError")
 
 # How much of torchrun's log is shown when it could not start the ranks.
 _LOG_LINES = 30
@@ -95,7 +92,7 @@ def _rank_error(
                     "nbddp can see; mention it in the cell"
                 )
             finished = [r for r, s in sorted(ending.ranks.items()) if (s.outcome or {}).get("outcome") == "done"]
-            if finished and _PEER_GONE.search(outcome["message"]):
+            if finished and PEER_GONE.search(outcome["message"]):
                 notes.append(
                     f"It waited for {_ranks(finished)}, which had finished: every rank must call the same collectives"
                 )
@@ -113,7 +110,7 @@ def _rank_error(
                     "The system killed a process for want of memory during this run. Less data per rank, a smaller "
                     "batch or fewer ranks would need less"
                 )
-    others = {rank: _in_short_of_other(state, first) for rank, state in ending.ranks.items() if state is not first}
+    others = {rank: in_short_of_other(state, first) for rank, state in ending.ranks.items() if state is not first}
     folded = _folded(others)
     if folded:
         notes.append(folded)
@@ -126,14 +123,6 @@ def _rank_error(
         details=tuple(details),
         notes=tuple(notes),
     )
-
-
-def _in_short_of_other(state: RankState, first: RankState) -> str:
-    if state.outcome is None or _PEER_GONE.search(state.outcome.get("message", "")):
-        # By nbddp, by torchrun, or by the loss of the one that failed.
-        return "stopped"
-    text = in_short(state)
-    return "the same" if first.outcome is not None and text == in_short(first) else text
 
 
 def _folded(others: dict[int, str]) -> str:

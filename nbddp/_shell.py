@@ -298,8 +298,10 @@ _WIDGET = "application/vnd.jupyter.widget-view+json"
 def _showable(data: dict[str, Any]) -> dict[str, Any]:
     """Return a mime bundle as the notebook can show it: images as text, and a sentence instead of a widget."""
     if _WIDGET in data:
-        what = str(data.get("text/plain", "")).split("(")[0].strip() or "this"
-        bar = " For progress bars, from tqdm.auto import tqdm." if "tqdm.notebook" in sys.modules else ""
-        text = f"nbddp: {what} is a widget; widgets talk to the notebook's kernel, and work only there.{bar}"
-        return {"text/plain": text}
+        said = str(data.get("text/plain", ""))
+        if "tqdm.notebook" in sys.modules and "%|" in said:
+            return {"text/plain": "nbddp: tqdm.notebook draws widgets, which work only in the notebook's own process; "
+                    "from tqdm.auto import tqdm draws its bar as text"}  # fmt: skip
+        what = said.split("(", maxsplit=1)[0].strip() or "this"
+        return {"text/plain": f"nbddp: {what} is a widget, and works only in the notebook's own process"}
     return {k: base64.b64encode(v).decode("ascii") if isinstance(v, bytes) else v for k, v in data.items()}

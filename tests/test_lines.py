@@ -80,6 +80,42 @@ def test_a_bar_goes_out_after_a_while() -> None:
     assert lines.finish() == " 10%\n"
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_bars_one_after_the_other_go_out_as_they_end(seed: int) -> None:
+    def program(file: io.StringIO) -> None:
+        for epoch in range(5):
+            for _ in trange(4, file=file, mininterval=0, ncols=60, desc=f"epoch {epoch}"):
+                pass
+
+    text = written(program)
+    lines, out = Lines(), ""
+    chance = random.Random(seed)
+    while text:
+        size = chance.randint(1, 40)
+        out += lines.feed(text[:size])
+        text = text[size:]
+        assert len(lines.current) <= 2
+    assert [line.split(":")[0] for line in out.splitlines()] == [f"epoch {i}" for i in range(4)]
+    assert lines.settle(after_silence=True).startswith("epoch 4: 100%")
+
+
+@pytest.mark.parametrize("leave", [True, False])
+def test_what_is_written_behind_a_bar_has_a_line_of_its_own(leave: bool) -> None:
+    def program(file: io.StringIO) -> None:
+        for epoch in trange(2, file=file, mininterval=0, ncols=60, desc="epochs"):
+            for i in trange(4, file=file, mininterval=0, ncols=60, desc="batches", leave=leave):
+                if i == 2:
+                    file.write(f"WARNING in epoch {epoch}\nand more\n")
+            file.write(f"INFO epoch {epoch}\n")
+
+    lines = read(written(program))[0].splitlines()
+    bars = ["batches", "batches"] if leave else []
+    said = [f"{text} {epoch}" for epoch in range(2) for text in ("WARNING in epoch", "INFO epoch")]
+    assert [line for line in lines if line.startswith(("WARNING", "INFO"))] == said
+    assert sum(line == "and more" for line in lines) == 2
+    assert [line.split(":")[0] for line in lines if "%|" in line] == [*bars, "epochs"]
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_rich(seed: int) -> None:
     def program(file: io.StringIO) -> None:

@@ -136,15 +136,19 @@ def test_plots_look_like_the_notebooks(new_kernel: Callable[..., Kernel]) -> Non
 def test_a_widget_in_a_rank_gets_a_sentence(kernel: Kernel) -> None:
     reply = kernel.ok(
         "%%ddp --cpus 2\nimport ipywidgets\nfrom tqdm.notebook import tqdm\ndisplay(ipywidgets.IntSlider())\n"
-        "ipywidgets.HBox([])"
+        "for _ in tqdm(range(2)): pass\nipywidgets.HBox([])"
     )
     assert reply.lines == [
-        f"[rank {r}] nbddp: IntSlider is a widget; widgets talk to the notebook's kernel, and work only there. "
-        "For progress bars, from tqdm.auto import tqdm."
+        text
         for r in range(2)
+        for text in (
+            f"[rank {r}] nbddp: IntSlider is a widget, and works only in the notebook's own process",
+            f"[rank {r}] nbddp: tqdm.notebook draws widgets, which work only in the notebook's own process; "
+            "from tqdm.auto import tqdm draws its bar as text",
+        )
     ]
     assert reply.value is not None
-    assert reply.value["text/plain"].startswith("nbddp: HBox is a widget;")
+    assert reply.value["text/plain"].startswith("nbddp: HBox is a widget,")
 
 
 def test_bundles_of_any_type_arrive_as_they_are(kernel: Kernel) -> None:

@@ -215,6 +215,22 @@ def test_status_from_a_subshell(kernel: Kernel) -> None:
     kernel.wait_idle()
 
 
+def test_settings_that_cannot_be(kernel: Kernel) -> None:
+    for wrong in ("output = -5", "displays = -1", "grace = -1", "large = -1"):
+        assert "should not be less than" in kernel.run(f"%config DDPMagics.{wrong}").raw
+
+
+def test_an_optimizer_that_is_left_behind_is_named(kernel: Kernel) -> None:
+    kernel.ok("import torch\nnet = torch.nn.Linear(2, 2)\nopt = torch.optim.SGD(net.parameters(), 0.1)")
+    reply = kernel.ok("%%ddp --cpus 1 --out net\nopt.step()\nnet")
+    assert reply.text == (
+        "nbddp: opt still holds the parameters that net had before; what is to come back as one goes into one "
+        "--out: net,opt\n"
+    )
+    kernel.ok("opt = torch.optim.SGD(net.parameters(), 0.1)")
+    assert kernel.ok("%%ddp --cpus 1 --out net,opt\nopt.step()\nnet").text == ""
+
+
 def test_ranks_that_are_shown(kernel: Kernel) -> None:
     reply = kernel.ok("%%ddp --cpus 3 --ranks 0,2\nprint('mine', rank)\nrank")
     assert reply.lines == ["[rank 0] mine 0", "[rank 2] 2", "[rank 2] mine 2"]
