@@ -71,6 +71,7 @@ class Pacer:
         in_place: Whether displays are updated as time goes by; else once, at the end.
 
     Attributes:
+        chars: The length of the text that the cell shows.
         due: When `pump` is to be called (``time.monotonic``); infinity if there is no need.
     """
 
@@ -82,6 +83,7 @@ class Pacer:
         self._by_key: dict[str, list[Display]] = {}
         self._updates: dict[str, Display] = {}
         self._redraw = False
+        self.chars = 0
         self._written = 0
         self._next = self._next_update = self._next_clear = 0.0
         self.due = _NEVER
@@ -90,6 +92,7 @@ class Pacer:
         """Show an item behind the others."""
         self._showing.append(shown)
         item = shown.item
+        self.chars += len(item) if isinstance(item, str) else 0
         if isinstance(item, Display) and item.key is not None:
             self._by_key.setdefault(item.key, []).append(item)
         if not self._redraw:
@@ -114,6 +117,7 @@ class Pacer:
         """Take away what a rank has shown, and return it; the others' stays."""
         gone = [shown for shown in self._showing if shown.rank == rank]
         self._showing = [shown for shown in self._showing if shown.rank != rank]
+        self.chars -= sum(len(shown.item) for shown in gone if isinstance(shown.item, str))
         self._redraw = True
         self._queue.clear()
         return gone

@@ -33,6 +33,10 @@ _TAIL_PART = 0.25
 DISPLAY_LIMIT = 20_000_000
 _DISPLAYS = 500
 
+# Characters up to which labels are coloured: a browser takes ten times as long for coloured text, and a flood is not
+# read.
+_COLOURED = 200_000
+
 # Characters of another rank's value that are shown.
 _VALUE = 20_000
 
@@ -103,6 +107,7 @@ class Relay:
             key: _Budget((view.text_limit - tail) // shares, view.display_limit // shares, max(1, _DISPLAYS // shares))
             for key in whose
         }
+        self._label_size = len(f"[rank {ranks - 1}] ")
         self._pacer = Pacer(screen, in_place=not self._plain)
         if said:
             self._pacer.add_shown(Shown(_NBDDP, said))
@@ -232,7 +237,7 @@ class Relay:
             output.hide(text)
             return
         # Line by line, or how a text was divided into reads would tell in what is shown.
-        label = len(self._label(rank, stderr=False)) + 1 if self._several else 0
+        label = self._label_size if self._several else 0
         cost = len(text.text) + text.text.count("\n") * label
         if cost > budget.chars:
             cut = cost = 0
@@ -329,7 +334,8 @@ class Relay:
     def _label(self, rank: int, *, stderr: bool) -> str:
         left, right = "()" if stderr else "[]"
         label = f"{left}rank {rank:>{self._width}}{right}"
-        return _palette.coloured(label, rank) if self._coloured else label
+        coloured = self._coloured and self._pacer.chars < _COLOURED
+        return _palette.coloured(label, rank) if coloured else label
 
     def _labelled(self, rank: int, text: Text) -> str:
         if not self._several:

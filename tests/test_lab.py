@@ -89,7 +89,7 @@ def test_a_flood(lab: Lab) -> None:
     notebook = lab.open([LOAD, "%%ddp --cpus 2\nif rank == 0:\n    for i in range(100_000):\n        print('line', i)"])
     notebook.ok(0)
     run = notebook.ok(1)
-    assert run.stall < 3
+    assert run.stall < 5  # half a second where nothing else runs
     began = time.monotonic()
     notebook.select(0)  # a click is answered
     assert time.monotonic() - began < 3
