@@ -133,7 +133,10 @@ class RankOutput:
         """Keep lines that are not shown now, in case they are the last."""
         self.hidden_lines += text.text.count("\n")
         self.hidden_chars += len(text.text)
-        self._tail.append(text._replace(text=text.text[-self._tail_limit :]))
+        end = text.text
+        if len(end) > self._tail_limit:
+            end = end[end.find("\n", len(end) - self._tail_limit - 1) + 1 :]
+        self._tail.append(text._replace(text=end))
         self._tail_size += len(self._tail[-1].text)
         while self._tail_size - len(self._tail[0].text) > self._tail_limit:
             self._tail_size -= len(self._tail.popleft().text)
@@ -143,17 +146,31 @@ class RankOutput:
         self._tail.clear()
         self._tail_size = self.hidden_lines = self.hidden_chars = 0
 
-    def take_tail(self) -> list[Text]:
-        """Return the last of the hidden lines; they count as shown from here on."""
-        tail = list(self._tail)
+    def take_tail(self, label: int = 0) -> list[Text]:
+        """Return the last of the hidden lines; they count as shown from here on.
+
+        Args:
+            label: The length of the label that each line will have.
+        """
+        kept: list[Text] = []
+        room = self._tail_limit
+        while self._tail and room > 0:
+            text = self._tail.pop()
+            start = len(text.text)
+            while start > 0:
+                # The beginning of the line before.
+                begin = text.text.rfind("\n", 0, start - 1) + 1
+                if (room := room - (start - begin) - label) < 0:
+                    break
+                start = begin
+            if start < len(text.text):
+                kept.append(text._replace(text=text.text[start:]))
         self._tail.clear()
-        if (over := self._tail_size - self._tail_limit) > 0:
-            tail[0] = tail[0]._replace(text=tail[0].text[over:])
-        if tail and sum(len(kept.text) for kept in tail) < self.hidden_chars:  # it begins in the middle of a line
-            tail[0] = tail[0]._replace(text=tail[0].text[tail[0].text.find("\n") + 1 :])
-        self.hidden_lines -= sum(kept.text.count("\n") for kept in tail)
-        self.hidden_chars -= sum(len(kept.text) for kept in tail)
-        return [kept for kept in tail if kept.text]
+        self._tail_size = 0
+        kept.reverse()
+        self.hidden_lines -= sum(text.text.count("\n") for text in kept)
+        self.hidden_chars -= sum(len(text.text) for text in kept)
+        return [text for text in kept if text.text]
 
     def _lines(self, data: bytes) -> Iterator[Text]:
         if not data:

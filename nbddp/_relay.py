@@ -314,7 +314,7 @@ class Relay:
 
     def _show_tail(self, rank: int) -> None:
         output = self.outputs[rank]
-        tail = output.take_tail()
+        tail = output.take_tail(self._label_size if self._several else 0)
         if output.hidden_lines:
             size = format_size(output.hidden_chars)
             note = f"… {output.hidden_lines:,} lines ({size}) of rank {rank} not shown; %ddp log --rank {rank}\n"
