@@ -15,6 +15,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from nbddp import _palette
+
 # A line that never ends must not grow for ever; it is broken here.
 LINE_LIMIT = 100_000
 
@@ -29,7 +31,6 @@ _PLAIN_AGAIN = 2 * _ROWS
 _SILENCE = 0.5
 _SILENCE_OF_MOVERS = 4.0
 
-_SGR = re.compile(r"\x1b\[[0-9;:]*m")
 _TOKEN = re.compile(
     r"\x1b\[([0-9;:?<=>!]*)([ -/]*[@-~])"  # control sequences: parameters, final byte
     r"|(\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|\x1b[^\[\]\x1b\r\n\b])"  # titles and links; other escapes
@@ -132,7 +133,7 @@ class Lines:
                 self._rows.pop()
             text += _joined(self._release(len(self._rows)))
             self._rows = []
-        if _SGR.sub("", self._line):
+        if _palette.uncoloured(self._line):
             text += self._coloured(self._line + "\n")
         self._line = ""
         return text
@@ -171,7 +172,7 @@ class Lines:
         out = []
         for line in lines[:-1].split("\n"):
             before = self._style
-            for code in _SGR.findall(line):
+            for code in _palette.CODE.findall(line):
                 self._style = _after(self._style, code)
             out.append(before + line + ("\x1b[0m" if self._style else ""))
         return "\n".join(out) + "\n"

@@ -27,7 +27,7 @@ _WORTH_CUTTING = 4_000
 _NEVER = float("inf")
 
 
-@dataclass
+@dataclass(eq=False)
 class Display:
     """A mime bundle on its way to the screen."""
 
@@ -93,14 +93,17 @@ class Pacer:
         self._showing.append(shown)
         item = shown.item
         self.chars += len(item) if isinstance(item, str) else 0
-        if isinstance(item, Display) and item.key is not None:
-            self._by_key.setdefault(item.key, []).append(item)
         if not self._redraw:
             self._queue.append(item)
 
     def add_shown(self, shown: Shown) -> None:
         """Take note of an item that is on the screen already."""
         self._showing.append(shown)
+
+    def expect(self, display: Display) -> None:
+        """Take note of a display that is to be shown, now or later: updates are for it, too."""
+        if display.key is not None:
+            self._by_key.setdefault(display.key, []).append(display)
 
     def update(self, display: Display, *, elsewhere: bool) -> None:
         """Update what has the same display id; with `elsewhere` it may be something that is not of this run."""
@@ -118,6 +121,11 @@ class Pacer:
         gone = [shown for shown in self._showing if shown.rank == rank]
         self._showing = [shown for shown in self._showing if shown.rank != rank]
         self.chars -= sum(len(shown.item) for shown in gone if isinstance(shown.item, str))
+        for item in (shown.item for shown in gone):
+            if isinstance(item, Display) and item.key is not None:
+                self._by_key[item.key].remove(item)
+                if not self._by_key[item.key]:
+                    del self._by_key[item.key]
         self._redraw = True
         self._queue.clear()
         return gone

@@ -7,17 +7,16 @@ dark; as plain text it says the same. Whatever comes from a rank is escaped.
 from __future__ import annotations
 
 import html
-import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from nbddp import _palette
 from nbddp._memory import Meter
 from nbddp._output import RankOutput
 from nbddp._progress import Progress, parse
 from nbddp._ranks import Ranks, RankState, in_short, in_short_of_other
-from nbddp._screen import Screen
+from nbddp._screen import MimeBundle, Screen
 
 # Seconds after which a cell gets a panel: a quick one shows its lines and nothing else. It begins when the first rank
 # begins it; ranks that take long to start are worth a panel, too.
@@ -37,7 +36,6 @@ _BAR = 20  # cells of a bar drawn as text
 _FOLDS = 32_000  # characters of all folds of a finished run together
 
 _NEVER = float("inf")
-_SGR = re.compile(r"\x1b\[[0-9;:]*m")
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ class Summary:
     """
 
     text: str
-    folds: Sequence[tuple[str, str]] = field(default_factory=list)
+    folds: Sequence[tuple[str, str]]
     open: int | None = None
 
 
@@ -95,6 +93,7 @@ class Panel:
     ) -> None:
         self._ranks = ranks
         self._count = count
+        self._named = "1 rank" if count == 1 else f"{count} ranks"
         self._outputs = outputs
         self._screen = screen
         self._meter = meter
@@ -115,24 +114,35 @@ class Panel:
         now = time.monotonic()
         if self._screen is None or now < self.due:
             return
-        try:
-            self._show(now)
-        except Exception as error:  # what ranks print is not to end the run
-            self._screen.write(f"nbddp: the panel has failed ({type(error).__name__}: {error}); the run goes on\n")
-            self._screen, self.due = None, _NEVER
-
-    def _show(self, now: float) -> None:
-        assert self._screen is not None
         # Not from now on: ticks come late by what the loop is doing.
         self.due = max(self.due + self._every, now)
         if now >= self._asked + _ASK_EVERY:
             self._asked = now
             self.look()
+        self._show(self._bundle)
+
+    def _bundle(self) -> MimeBundle | None:
+        """Return the panel as it is now; None if it is shown like that already."""
         state = self._heading(), self.rows()
-        if state != self._shown:
-            self._shown = state
-            heading, rows = state
-            self._screen.panel({"text/plain": as_text(heading, rows), "text/html": as_html(heading, rows)})
+        if state == self._shown:
+            return None
+        self._shown = state
+        return {"text/plain": as_text(*state), "text/html": as_html(*state)}
+
+    def _last_bundle(self, cause: str) -> MimeBundle:
+        summary = self.summary(cause)
+        return {"text/plain": summary.text, "text/html": summary_as_html(summary)}
+
+    def _show(self, make: Callable[[], MimeBundle | None]) -> None:
+        """Show what a function returns; if that fails, no more is shown: what ranks print is not to end the run."""
+        if self._screen is None:
+            return
+        try:
+            if (bundle := make()) is not None:
+                self._screen.panel(bundle)
+        except Exception as error:
+            self._screen.write(f"nbddp: the panel has failed ({type(error).__name__}: {error}); the run goes on\n")
+            self._screen, self.due = None, _NEVER
 
     def look(self) -> None:
         """Ask the ranks where they are; the answers come as messages. Look at their memory."""
@@ -146,10 +156,8 @@ class Panel:
     def finish(self, cause: str) -> None:
         """Put the summary in the panel's place, if there is one; `cause` is that of the run's ending."""
         self.due = _NEVER
-        if self._screen is None or self._shown is None:
-            return
-        summary = self.summary(cause)
-        self._screen.panel({"text/plain": summary.text, "text/html": summary_as_html(summary)})
+        if self._shown is not None:
+            self._show(lambda: self._last_bundle(cause))
         self._screen = None
 
     def text(self) -> str:
@@ -163,7 +171,7 @@ class Panel:
     def summary(self, cause: str) -> Summary:
         """Return what is to be said of the run when it is over."""
         took = _duration(time.monotonic() - self._began)
-        ranks = "1 rank" if self._count == 1 else f"{self._count} ranks"
+        ranks = self._named
         failed = self._ranks.failed
         first = failed[0].rank if failed else None
         match cause:
@@ -194,9 +202,8 @@ class Panel:
         return in_short(state) if first in ([], [state]) else in_short_of_other(state, first[0])
 
     def _heading(self) -> str:
-        ranks = "1 rank" if self._count == 1 else f"{self._count} ranks"
         first = f", the first {_ROWS} are shown" if self._count > _ROWS else ""
-        return f"nbddp: {ranks}{first}, {_duration(time.monotonic() - self._began)}"
+        return f"nbddp: {self._named}{first}, {_duration(time.monotonic() - self._began)}"
 
     def _row(self, rank: int) -> Row:
         state = self._ranks.states.get(rank)
@@ -205,9 +212,9 @@ class Panel:
         parsed = [(line, parse(line)) for line in current]
         bars = [bar for _, bar in parsed if bar is not None]
         last = next((line for line, bar in reversed(parsed) if bar is None), output.last_line)
-        line = _SGR.sub("", last[: 2 * _LINE]).strip()[:_LINE]
+        line = _palette.uncoloured(last[: 2 * _LINE]).strip()[:_LINE]
         name = _state_of(state)
-        where = state.where if state is not None and name.startswith(("running", "waiting")) else {}
+        where = state.where if state is not None and name == "running" else {}
         if where.get("waits"):
             name = f"waiting in {where['waits']}"
         return Row(rank, name, where.get("line"), bars, self._memory.get(rank, ""), line)
@@ -305,7 +312,7 @@ def summary_as_html(summary: Summary) -> str:
     folds = "".join(
         f"<details{' open' if rank == summary.open else ''} style='margin:0 0 0 1em'>"
         f"<summary>{html.escape(title)}</summary>"
-        f"<pre style='margin:0 0 0 1em;background:none'>{html.escape(_SGR.sub('', tail))}</pre>"
+        f"<pre style='margin:0 0 0 1em;background:none'>{html.escape(_palette.uncoloured(tail))}</pre>"
         + (
             f"<div style='{_FADED};margin:0 0 0 1em'>all of it: <code>%ddp log --rank {rank}</code></div>"
             if tail

@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
+import cloudpickle
+
 # A name that no variable can have; under it the settings travel with the closure.
 NAME = "plot settings"
 
@@ -44,7 +46,15 @@ def settings() -> dict[str, Any]:
         changed = {name: getattr(backend, name) for name in _INLINE if getattr(backend, name) != getattr(fresh, name)}
         if changed:
             found["InlineBackend"] = changed
-    return {NAME: found} if found else {}
+    return {NAME: found} if found and _can_go(found) else {}
+
+
+def _can_go(found: Mapping[str, Any]) -> bool:
+    try:
+        cloudpickle.dumps(found)
+    except Exception:  # they are not the cell's, which is not to be refused for them
+        return False
+    return True
 
 
 def _differ(value: Any, default: Any) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_SGR = re.compile(r"\x1b\[[0-9;:]*m")
+from nbddp._palette import uncoloured
+
 _PERCENT = re.compile(r"(?<![\d.])(\d{1,3}(?:\.\d+)?)\s?%")
 _COUNT = re.compile(
     r"(?<![\d.,:/])(\d[\d,]{0,20}(?:\.\d{1,9})?[kKMGT]?)\s?/\s?(\d[\d,]{0,20}(?:\.\d{1,9})?[kKMGT]?)(?![\d/:.])"
@@ -41,7 +42,7 @@ class Progress:
 
 def parse(line: str) -> Progress | None:
     """Return what a line says of progress; None if it is no progress bar."""
-    line = _SGR.sub("", line[:_LONGEST]).strip()
+    line = uncoloured(line[:_LONGEST]).strip()
     percent, bar = _PERCENT.search(line), _BAR.search(line)
     # Behind the bar, if there is one: "Epoch 1/3 ━━━━ 5/16". Keras has it before.
     count = (_COUNT.search(line, bar.end()) if bar else None) or _COUNT.search(line)

@@ -21,7 +21,6 @@ import base64
 import contextlib
 import linecache
 import os
-import re
 import signal
 import sys
 import threading
@@ -30,13 +29,11 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from nbddp import _plots, _process, _repair, _results, _settings, _uplink, _workers
+from nbddp import _palette, _plots, _process, _repair, _results, _settings, _uplink, _workers
 from nbddp._names import MODULES_OWN
 from nbddp._paths import RunDir
 from nbddp._pickling import Target, load, load_file
 from nbddp._results import Wanted
-
-_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class _State:
@@ -270,7 +267,7 @@ def _leave(outcome: dict[str, Any]) -> None:
             notebook.report(times=_state.times, **outcome)
         elif failed:
             text = "\n".join(outcome.get("lines", ()))
-            print(text if sys.stderr.isatty() else _COLOUR.sub("", text), file=sys.stderr)  # noqa: T201
+            print(text if sys.stderr.isatty() else _palette.uncoloured(text), file=sys.stderr)  # noqa: T201
         _end_as_a_script()
         _complete("results and exit handlers")
         if notebook is not None and not failed:

@@ -48,7 +48,7 @@ class RankState:
         exitcode: How torchrun says that it ended, if it died.
         stopped: Whether it was ended by nbddp.
         asked: Whether it has been asked where it is, and has not answered.
-        where: Where it last said that it is; see `nbddp._uplink.Uplink._where`.
+        where: Where it last said that it is; see `nbddp._uplink._where`.
     """
 
     rank: int

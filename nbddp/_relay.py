@@ -287,6 +287,7 @@ class Relay:
             return
         budget.displays -= 1
         budget.nbytes -= nbytes
+        self._pacer.expect(display)
         if self._several:
             self._show(Shown(rank, self._label(rank, stderr=False) + "\n"))
         self._show(Shown(rank, display, nbytes=nbytes, displays=1))

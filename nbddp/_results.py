@@ -96,8 +96,8 @@ def read(wanted: Wanted, reports: Mapping[int, Mapping[str, Any]], sent: Sequenc
         told += report.get("bad_results", {}).values()
         loaded[rank] = {}
         if "results" in report:
-            names = [name for name in wanted.of_rank(rank) if name not in report["missing_results"]]
-            names = [name for name in names if name not in report["bad_results"]]
+            absent = {*report["missing_results"], *report["bad_results"]}
+            names = [name for name in wanted.of_rank(rank) if name not in absent]
             loaded[rank], reasons = _load(report["results"], names, wanted.device, sent)
             told += [f"{name!r} came back, but cannot be loaded here: {why}" for name, why in reasons.items()]
         for problem in dict.fromkeys(told):

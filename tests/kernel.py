@@ -9,6 +9,7 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,12 +111,19 @@ class Kernel:
         assert pid is not None
         self.pid: int = pid
 
-    def run(self, code: str, *, timeout: float = 60.0) -> Reply:
-        """Run a cell and wait for its end."""
+    def run(
+        self,
+        code: str,
+        *,
+        timeout: float = 60.0,
+        seen: Callable[[Reply, dict[str, Any]], object] = lambda *_: None,
+    ) -> Reply:
+        """Run a cell and wait for its end; `seen` is called with the reply so far and each new output message."""
         reply = Reply()
 
         def collect(message: dict[str, Any]) -> None:
             reply.outputs.append((message["msg_type"], message["content"]))
+            seen(reply, message)
 
         began = time.perf_counter()
         answer = self.client.execute_interactive(
@@ -127,16 +135,12 @@ class Kernel:
 
     def run_timed(self, code: str, sent: list[tuple[float, str, int]]) -> Reply:
         """Run a cell; add each output message to `sent`: when it came, its type, and its size in bytes."""
-        reply = Reply()
 
-        def collect(message: dict[str, Any]) -> None:
+        def note(_: Reply, message: dict[str, Any]) -> None:
             size = len(json.dumps(message["content"], ensure_ascii=False).encode())
             sent.append((time.monotonic(), message["msg_type"], size))
-            reply.outputs.append((message["msg_type"], message["content"]))
 
-        answer = self.client.execute_interactive(code, output_hook=collect, timeout=120, allow_stdin=False)
-        reply.status = answer["content"]["status"]
-        return reply
+        return self.run(code, timeout=120, seen=note)
 
     def ok(self, code: str, *, timeout: float = 60.0) -> Reply:
         """Run a cell that must not fail."""
@@ -157,21 +161,14 @@ class Kernel:
 
     def run_and(self, code: str, when: str, action: Any, *, timeout: float = 60.0) -> Reply:
         """Run a cell, and call `action` once its output holds `when`."""
-        reply = Reply()
         done = threading.Event()
 
-        def collect(message: dict[str, Any]) -> None:
-            reply.outputs.append((message["msg_type"], message["content"]))
+        def look(reply: Reply, _: dict[str, Any]) -> None:
             if not done.is_set() and when in reply.text:
                 done.set()
                 action()
 
-        began = time.perf_counter()
-        answer = self.client.execute_interactive(
-            code, output_hook=collect, timeout=timeout, allow_stdin=False, stop_on_error=False
-        )
-        reply.seconds = time.perf_counter() - began
-        reply.status = answer["content"]["status"]
+        reply = self.run(code, timeout=timeout, seen=look)
         assert done.is_set(), f"{when!r} was never shown; shown was: {reply.text}\n{reply.traceback}"
         return reply
 
@@ -187,7 +184,7 @@ class Kernel:
 
     def wait_idle(self, *, timeout: float = 30.0) -> None:
         """Wait until everything that was asked of the kernel is done, and forget what it showed."""
-        self.client.execute_interactive("", output_hook=lambda _: None, timeout=timeout, allow_stdin=False)
+        self.ok("", timeout=timeout)
 
     def alive(self) -> bool:
         """Tell whether the process is there."""

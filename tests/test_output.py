@@ -129,6 +129,10 @@ def test_plots_look_like_the_notebooks(new_kernel: Callable[..., Kernel]) -> Non
     # A common way to choose colours: arrays, of which the default has others in number.
     kernel.ok("plt.rcParams['axes.prop_cycle'] = matplotlib.cycler(color=plt.cm.viridis([i / 10 for i in range(10)]))")
     kernel.ok("%%ddp --cpus 1\nassert len(plt.rcParams['axes.prop_cycle']) == 10")
+    # Nobody has asked for them to be sent.
+    kernel.ok("import threading\nclass Odd(list): pass\nodd = Odd()\nodd.lock = threading.Lock()")
+    kernel.ok("dict.__setitem__(plt.rcParams, 'path.effects', odd)\nodd.append(1)")
+    kernel.ok("%%ddp --cpus 1\nimport matplotlib.pyplot")
     kernel.ok("plt.rcdefaults()\n%matplotlib inline")
     kernel.ok("%%ddp --cpus 1\nassert plt.rcParams['axes.prop_cycle'].by_key()['color'][0] != 'r'")
 

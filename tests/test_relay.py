@@ -284,6 +284,32 @@ def test_updates_of_what_the_notebook_showed_go_there(record: Record, tmp_path: 
     assert record.shown == [("the notebook's", {"text/html": "new"})]
 
 
+def test_in_plain_output_a_display_has_its_last_state(record: Record, tmp_path: Path) -> None:
+    relay = make(record, tmp_path, plain=True)
+    for rank in range(2):
+        relay.feed(rank, mark(SECRET, "d1") + mark(SECRET, "u2") + mark(SECRET, "u3"))
+        relay.display(rank, shown_with_id(rank, 1, "first", update=False))
+        relay.display(rank, shown_with_id(rank, 2, "second", update=True))
+        relay.display(rank, shown_with_id(rank, 3, f"last of {rank}", update=True))
+    relay.finish()
+    states: dict[str, str] = {}
+    for key, data in (item for item in record.shown if isinstance(item, tuple)):
+        states[key] = data["text/html"]
+    assert sorted(states.values()) == ["last of 0", "last of 1"]
+    # The first rank's is shown at once and updated at the end; the other's is shown as it is by then.
+    assert sum(isinstance(item, tuple) for item in record.shown) == 3
+
+
+def test_a_cleared_display_is_forgotten(record: Record, tmp_path: Path) -> None:
+    relay = make(record, tmp_path, ranks=1)
+    relay.feed(0, mark(SECRET, "d1") + mark(SECRET, "u2") + mark(SECRET, "u3"))
+    relay.display(0, shown_with_id(0, 1, "gone", update=False))
+    relay.display(0, {"number": 2, "clear": "now"})
+    relay.display(0, shown_with_id(0, 3, "too late", update=True))
+    relay.finish()
+    assert not any("too late" in str(item) for item in record.shown)
+
+
 def test_many_updates_become_few(record: Record, tmp_path: Path) -> None:
     relay = make(record, tmp_path, ranks=1)
     relay.feed(0, mark(SECRET, "d1"))
