@@ -89,12 +89,23 @@ def launch(
         plain=plain,
     )
     shell = _shell()
+    try:
+        results: list[_Result] = _job.perform(_call(fn, args, options, shell), client, screen_of(shell)).results[_VALUE]
+    except ResultError as error:
+        # By rank, those that could come.
+        error.results = error.results.get(_VALUE, {})
+        raise
+    return results
+
+
+def _call(fn: Callable[..., Any], args: Sequence[Any], options: Options, shell: Any) -> _job.Job:
+    """Return the call of a function as a job: a cell of one line."""
     if shell is not None:
         from nbddp import _magic
     function = f"function {fn.__name__}" if isinstance(fn, types.FunctionType) else "fn"
     arguments = {f"argument {i}": argument for i, argument in enumerate(args)}
     call = f"{_named(function)}({', '.join(map(_named, arguments))})"
-    job = _job.Job(
+    return _job.Job(
         cell=Cell(f"{_named(_VALUE)} = {call}", filename=CALLER, number=0),
         names={function: fn, **arguments},
         namespace=vars(sys.modules["__main__"]),
@@ -105,13 +116,6 @@ def launch(
         place="the function",
         view=View(options.ranks, options.plain or _settings.plain(os.environ)),
     )
-    try:
-        results: list[_Result] = _job.perform(job, client, screen_of(shell)).results[_VALUE]
-    except ResultError as error:
-        # By rank, those that could come.
-        error.results = error.results.get(_VALUE, {})
-        raise
-    return results
 
 
 def _shown(obj: Any) -> str:

@@ -36,6 +36,7 @@ import cloudpickle
 from nbddp import _arrays, _reducers, _tensors, _torch_objects
 from nbddp._reducers import Reducer, loading
 from nbddp._snapshot import Snapshot, Stream, map_file, unpickle
+from nbddp._variables import Variables
 
 # Buffers below this many bytes stay in the stream, and so become ordinary memory of their own when loaded; from a
 # few pages on, mapping costs less than copying.
@@ -165,43 +166,6 @@ def _shared_globals() -> dict[str, Any]:
     return shared
 
 
-class _Cell:
-    """Stands for a cell, the variable of a function that functions in it share, without its content."""
-
-    def __init__(self, cell: types.CellType) -> None:
-        self.cell = cell  # alive, or its id might become another's
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return types.CellType, ()
-
-
-class _Unbound:
-    """The content of an empty cell. Goes by name."""
-
-
-def _content(cell: types.CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # not bound yet
-        return _Unbound
-
-
-def _fill(cell: types.CellType, content: Any) -> None:
-    if content is not _Unbound:
-        cell.cell_contents = content
-
-
-def _fill_alone(cell: types.CellType, state: tuple[Any]) -> None:
-    _fill(cell, *state)
-
-
-def _set_function_state(function: types.FunctionType, state: tuple[Any, ...]) -> None:
-    cells, contents, rest = state
-    for cell, content in zip(cells, contents, strict=True):
-        _fill(cell, content)
-    cloudpickle.cloudpickle._function_setstate(function, rest)
-
-
 class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is untyped
     """Makes a Snapshot of names. One use each.
 
@@ -217,7 +181,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
         self.met: list[Any] = []
         self._received = {id(obj): key for key, obj in (received or {}).items()}
         self._buffers: list[memoryview] = []
-        self._cells: dict[int, _Cell] = {}
+        self._variables = Variables()
         self._sources: set[str] = set()
         self._unwrapped: list[str] = []
         self._begun: list[tuple[str, int]] = []
@@ -228,7 +192,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
         self._reducers: dict[type, Reducer] = {
             **_reducers.plain(),
             types.CodeType: self._reduce_code,
-            types.CellType: self._reduce_cell,
+            types.CellType: self._variables.reduce,
             functools._lru_cache_wrapper: self._reduce_cached_function,
             typing.NewType: self._reduce_new_type,
         }
@@ -306,35 +270,11 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
         if reduced is not NotImplemented and len(reduced) > 2:
             self.met.append(obj)
             if kind is types.FunctionType and obj.__closure__:
-                reduced = self._with_cells(obj, reduced)
+                reduced = self._variables.shared_by(obj, reduced)
             # Named tuples bring their own.
             if isinstance(obj, type) and "__slots__" in vars(obj) and not issubclass(obj, tuple):
                 reduced = _with_slots(obj, reduced)
         return reduced
-
-    def _with_cells(self, function: types.FunctionType, reduced: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Have functions go on sharing variables of the function that made them; cloudpickle gives each its own."""
-        make, (code, space, name, defaults, _), (state, slots), *others, _ = reduced
-        cells = tuple(map(self._cell, function.__closure__ or ()))
-        # The cells are made before the function and filled after it: it may be in one of them.
-        contents = tuple(map(_content, function.__closure__ or ()))
-        slots = {**slots, "__closure__": None}
-        return (
-            make,
-            (code, space, name, defaults, cells),
-            (cells, contents, (state, slots)),
-            *others,
-            _set_function_state,
-        )
-
-    def _cell(self, cell: types.CellType) -> _Cell:
-        """Return one and the same object for one and the same cell, so that the pickler's memo knows it again."""
-        return self._cells.setdefault(id(cell), _Cell(cell))
-
-    def _reduce_cell(self, cell: types.CellType) -> Any:
-        """Reduce a cell that is no function's, or was met before its functions."""
-        # In a tuple: pickle would take None for no state.
-        return _reducers.identity, (self._cell(cell),), (_content(cell),), None, None, _fill_alone
 
     def _reduce_cached_function(self, function: Any) -> Any:
         parameters = function.cache_parameters()
