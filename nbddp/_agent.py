@@ -79,7 +79,7 @@ def run_forked(launch: Launch, parent: int) -> None:
         os.setsid()
         _process.become_subreaper()
         _process.die_with_parent(parent)
-        run = RunDir.from_environment(launch.run_dir)
+        run = RunDir.adopt(launch.run_dir)
         _redirect(run.agent_log)
         os.umask(launch.umask)
         if launch.cwd is not None:
@@ -175,4 +175,4 @@ def main() -> Any:
     """Be the agent of a run, in a new interpreter; the launcher has set all else up."""
     _process.become_subreaper()
     _process.die_with_parent(os.getppid())
-    return _serve(RunDir.from_environment(os.environ[_settings.RUN_DIR]), sys.argv[1:])
+    return _serve(RunDir.adopt(os.environ[_settings.RUN_DIR]), sys.argv[1:])

@@ -16,8 +16,8 @@ from nbddp._errors import LaunchError
 from nbddp._launcher import GOODBYE
 from nbddp._paths import Session, sweep
 
-# A launcher that was told to go needs a few milliseconds, or what is left of its imports.
-_GOODBYE_SECONDS = 5.0
+# A launcher that was told to go needs a few milliseconds; one that is importing has nothing to see to, and is killed.
+_GOODBYE_SECONDS = 1.0
 
 _COMMAND = (
     "import sys; sys.path[:] = {path!r}; from nbddp._launcher import main; main({kernel}, {session!r}, {control})"
@@ -107,6 +107,7 @@ class Client:
                     _process.kill_all(_process.marked(_settings.SESSION, name))
                 self._session = Session()
                 atexit.register(self.close)
+            self._session.check()
             return self._session
 
     def open_channel(self, env: Mapping[str, str]) -> _wire.Inbox:

@@ -1,18 +1,31 @@
-"""A rank's device and process group, and the way in which the user's own ``init_process_group`` takes over."""
+"""A rank's device and process group, and the way in which the user's own ``init_process_group`` takes over.
+
+nbddp's own group meets in a file of the run directory: on a port, any user of the machine could read and change what
+the ranks tell each other. The port that MASTER_PORT names is opened only for a cell that asks for it.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
+import sys
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-# nbddp's keys in the agent's store. With torch's own prefix, a group that the cell makes for itself after nbddp's was
-# destroyed would read the addresses of the old one.
+from nbddp import _peers
+from nbddp._paths import RunDir
+
+# nbddp's keys in torchrun's store, where the script runs without a notebook. With torch's own prefix, a group that the
+# cell makes for itself after nbddp's was destroyed would read the addresses of the old one.
 _PREFIX = "nbddp"
+
+# Seconds that torchrun's agent may take to open the store; it looks every 0.05 (0.1 without fork).
+_SERVE_SECONDS = 30.0
 
 _ours: Any = None
 
@@ -41,11 +54,22 @@ def own_device(gpus: bool, *, forked: bool) -> torch.device:
     return device
 
 
-def init(backend: str | None, device: torch.device) -> None:
-    """Initialise the default process group from torchrun's environment."""
+def init(backend: str | None, device: torch.device, run_dir: RunDir | None) -> None:
+    """Initialise the default process group.
+
+    Args:
+        backend: Its backend; None for the one that suits the device.
+        device: The rank's own.
+        run_dir: The run's files, in which the ranks meet; None to meet as torchrun's environment says.
+    """
     global _ours
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
-    store, rank, world_size = next(dist.rendezvous("env://"))
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if run_dir is not None:
+        store: Any = dist.FileStore(run_dir.meeting_place(int(os.environ["MASTER_PORT"])), world_size)
+        store.set_timeout(distributed_c10d.default_pg_timeout)
+    else:
+        store, rank, world_size = next(dist.rendezvous("env://"))
     # Bound to its device, NCCL neither guesses one at the first barrier nor warns that it did.
     bound = {"device_id": device} if device.type == "cuda" and "nccl" in backend else {}
     distributed_c10d._nbddp_original(  # type: ignore[attr-defined]  # see let_user_take_over
@@ -72,6 +96,41 @@ def let_user_take_over() -> None:
     distributed_c10d._nbddp_original = original  # type: ignore[attr-defined]
     distributed_c10d.init_process_group = init_process_group
     dist.init_process_group = init_process_group
+
+
+def open_port_when_asked(run_dir: RunDir) -> None:
+    """Have torchrun's agent serve its store when the cell, or a library, asks for ``env://`` or ``tcp://``."""
+    asked, served = run_dir.store_marks(int(os.environ["MASTER_PORT"]))
+    # `dist.rendezvous` is the function of that name.
+    handlers = sys.modules["torch.distributed.rendezvous"]._rendezvous_handlers
+
+    def asking(original: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+        @functools.wraps(original)
+        def handler(*args: Any, **kwargs: Any) -> Iterator[Any]:
+            deadline = time.monotonic() + _SERVE_SECONDS
+            while not os.path.exists(served) and time.monotonic() < deadline:
+                if not os.path.exists(asked):
+                    open(asked, "w").close()
+                time.sleep(0.005)
+            yield from original(*args, **kwargs)
+
+        return handler
+
+    for scheme in ("env", "tcp"):
+        handlers[scheme] = asking(handlers[scheme])
+
+
+def refuse_strangers() -> None:
+    """Have every process group that is made look who its peers are."""
+    original = distributed_c10d._new_process_group_helper
+
+    @functools.wraps(original)
+    def new_process_group(*args: Any, **kwargs: Any) -> Any:
+        made = original(*args, **kwargs)
+        _peers.refuse_strangers()
+        return made
+
+    distributed_c10d._new_process_group_helper = new_process_group
 
 
 def release() -> None:

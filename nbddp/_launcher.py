@@ -31,6 +31,7 @@ import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,6 +44,9 @@ GOODBYE = b"q"
 
 # Seconds that a run whose ranks have all reported has to end by itself. Longest is NCCL's clean-up.
 _FINISH_SECONDS = 10.0
+
+# Seconds between two looks for the kernel while this process imports.
+_LOOK_SECONDS = 0.2
 
 # What the first optimizer or DDP module in a process imports, and IPython's tracebacks: over a second in all, for each
 # rank. In pieces, so that a cell that comes in between waits for one of them only.
@@ -98,12 +102,14 @@ class Launcher:
         if kernel is not None:
             self._selector.register(kernel, selectors.EVENT_READ, self._stop)
         try:
-            import_for_ranks(os.path.join(self._session, "tmp"))
+            with self._ending_with_kernel():
+                import_for_ranks(os.path.join(self._session, "tmp"))
             to_import = list(_FOR_TRAINING)
             while self._open:
                 self._step(0.0 if to_import and self._is_idle() else self._timeout())
                 if to_import and self._is_idle():
-                    import_if_there(to_import.pop(0))
+                    with self._ending_with_kernel():
+                        import_if_there(to_import.pop(0))
                     if not to_import:
                         make_ready_to_fork()
         finally:
@@ -111,6 +117,27 @@ class Launcher:
             # After an exception the log in there is what the kernel has to show.
             if not (self._open or self._session_goes_on):
                 remove_session(self._session)
+
+    @contextlib.contextmanager
+    def _ending_with_kernel(self) -> Iterator[None]:
+        """Look for the kernel's death while this process imports, which takes seconds, and does not come by the loop.
+
+        There are no runs then, or they are over. (A signal at the parent's death is none for this: it is sent when the
+        thread ends that has started this process.)
+        """
+
+        def look(*_: Any) -> None:
+            if os.getppid() != self._kernel:
+                remove_session(self._session)
+                os._exit(0)
+
+        before = signal.signal(signal.SIGALRM, look)
+        signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS, _LOOK_SECONDS)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
     def _is_idle(self) -> bool:
         """Tell whether nobody waits for anything: runs that are only being cleaned up do not count."""

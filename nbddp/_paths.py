@@ -13,6 +13,7 @@ import fcntl
 import itertools
 import os
 import shutil
+import stat
 import tempfile
 import time
 from collections.abc import Callable
@@ -49,6 +50,17 @@ class RunDir:
         return cls(root, shm=_shm_twin(root))
 
     @classmethod
+    def adopt(cls, root: str) -> RunDir:
+        """Return the run directory that a process was told to work in, if nobody else can have put anything there.
+
+        Raises:
+            PermissionError: It is not this user's alone.
+        """
+        if not is_private(root):
+            raise PermissionError(f"refusing the run directory {root}: {_whose(root)}")
+        return cls.from_environment(root)
+
+    @classmethod
     def create(cls, root: str) -> RunDir:
         """Make the directory and what must stand in it before the launch.
 
@@ -68,6 +80,14 @@ class RunDir:
     def stacks(self, rank: int) -> str:
         """Return the file into which a rank's faulthandler writes."""
         return os.path.join(self.root, f"stacks.{rank}")
+
+    def meeting_place(self, port: int) -> str:
+        """Return the file through which the ranks of one attempt, known by its MASTER_PORT, find each other."""
+        return os.path.join(self.root, f"store.{port}")
+
+    def store_marks(self, port: int) -> tuple[str, str]:
+        """Return the files by which a rank asks for a store on MASTER_PORT, and by which it hears that there is one."""
+        return os.path.join(self.root, f"asked.{port}"), os.path.join(self.root, f"served.{port}")
 
     def workers_temp(self, rank: int) -> str:
         """Return the directory that multiprocessing in this rank uses for its sockets."""
@@ -115,13 +135,12 @@ class RunDir:
 
     def _make_shm(self) -> bool:
         assert self._shm is not None
-        try:
-            os.mkdir(self._shm, 0o700)
-        except FileExistsError:
-            return True
-        except OSError:  # the session could make no directory there
+        # Names in /dev/shm can be foreseen by who watches /tmp: it may be another's.
+        if not is_private(os.path.dirname(self._shm)):
             return False
-        return True
+        with contextlib.suppress(OSError):
+            os.mkdir(self._shm, 0o700)
+        return is_private(self._shm)
 
     def remove(self) -> None:
         """Delete everything; safe to call twice, and from the kernel and the launcher at once."""
@@ -133,6 +152,27 @@ class RunDir:
         """If it was removed, delete what processes that were still ending have made there since."""
         if not os.path.exists(self.script):
             self.remove()
+
+
+def is_private(path: str) -> bool:
+    """Tell whether there is a directory at `path`, no link, of this user's, that nobody else can look or write into."""
+    try:
+        status = os.lstat(path)
+    except OSError:
+        return False
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid() and not status.st_mode & 0o077
+
+
+def _whose(path: str) -> str:
+    try:
+        status = os.lstat(path)
+    except OSError as error:
+        return (error.strerror or str(error)).lower()
+    if not stat.S_ISDIR(status.st_mode):
+        return "it is not a directory"
+    return (
+        f"it belongs to uid {status.st_uid}, with mode {stat.S_IMODE(status.st_mode):o}; it must be this user's alone"
+    )
 
 
 def _write_new(path: str, write: Callable[[str], None]) -> None:
@@ -162,7 +202,7 @@ class Session:
                 shutil.rmtree(root, ignore_errors=True)
             raise cannot_write("make a session directory", _temp_dir(), error) from error
         self.name = os.path.basename(self.root)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # there is none; or somebody was faster, and it stays unused
             os.mkdir(os.path.join(_SHM, self.name), 0o700)
             self._locks.append(_lock(os.path.join(_SHM, self.name)))
         self.launcher_log = os.path.join(self.root, "launcher.log")
@@ -172,6 +212,14 @@ class Session:
     def new_run(self) -> RunDir:
         """Return a fresh run directory. Raises LaunchError if it cannot be made."""
         return RunDir.create(os.path.join(self.root, f"run-{next(self._numbers)}"))
+
+    def check(self) -> None:
+        """See that the directory is still this user's alone; LaunchError if not."""
+        if not is_private(self.root):
+            raise LaunchError(
+                f"refusing the session directory {self.root}: {_whose(self.root)}. Somebody has changed it since "
+                "it was made. Restart the kernel, with TMPDIR set to a folder in which others cannot rename your files"
+            )
 
     @property
     def logs(self) -> str | None:
@@ -229,13 +277,7 @@ def sweep() -> list[str]:
 
 def _is_session(entry: os.DirEntry[str]) -> bool:
     parts = entry.name.split("-", 2)
-    return (
-        entry.name.startswith(_PREFIX)
-        and len(parts) == 3
-        and parts[1].isdigit()
-        and entry.is_dir(follow_symlinks=False)
-        and entry.stat(follow_symlinks=False).st_uid == os.getuid()
-    )
+    return entry.name.startswith(_PREFIX) and len(parts) == 3 and parts[1].isdigit() and is_private(entry.path)
 
 
 def _abandoned(root: str) -> bool:

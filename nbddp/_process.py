@@ -133,7 +133,7 @@ def hang_up() -> None:
     leave, not to wait as long.
     """
     null = os.open(os.devnull, os.O_RDWR)
-    for fd, _ in _connections():
+    for fd, _ in connections():
         # Not shut down: gloo's thread, which waits on it, would take that for an error and abort. And not closed: its
         # number must not become another file's while there are objects that hold it.
         os.dup2(null, fd)
@@ -145,12 +145,12 @@ def break_off() -> None:
 
     Whoever waits there for data of ours gets an error; and we get one from there, once it leaves.
     """
-    for _, connection in _connections():
+    for _, connection in connections():
         with contextlib.suppress(OSError):  # it is not connected
             connection.shutdown(socket.SHUT_WR)
 
 
-def _connections() -> Iterator[tuple[int, socket.socket]]:
+def connections() -> Iterator[tuple[int, socket.socket]]:
     """Yield this process's TCP sockets: descriptor, and an object that is closed afterwards."""
     for entry in os.listdir("/dev/fd"):
         with contextlib.suppress(OSError):  # listdir's own descriptor, gone by now

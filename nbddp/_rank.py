@@ -119,7 +119,7 @@ def _enter(*, init: bool, backend: str | None, gpus: bool, **_: Any) -> str:
     secret = os.environ.pop(_settings.MARK, "")
     forked = _repair.is_forked_rank()
     if run_dir is not None:
-        _state.run_dir = RunDir.from_environment(run_dir)
+        _state.run_dir = RunDir.adopt(run_dir)
     if forked:
         assert _state.run_dir is not None
         _repair.repair(_state.run_dir.workers_temp(int(os.environ["RANK"])))
@@ -140,8 +140,11 @@ def _enter(*, init: bool, backend: str | None, gpus: bool, **_: Any) -> str:
     dist.set_debug_level_from_env()
     device = _group.own_device(gpus, forked=forked)
     _group.let_user_take_over()
+    _group.refuse_strangers()
+    if _state.run_dir is not None:
+        _group.open_port_when_asked(_state.run_dir)
     if init:
-        _group.init(backend, device)
+        _group.init(backend, device, _state.run_dir)
     _complete("process group")
     return str(device)
 

@@ -5,12 +5,14 @@ its own imports are light and torch's are made when a handler is asked for.
 
 The ways that torchrun ships have two faults for a notebook. A port that was chosen, closed and handed on as a number
 may be somebody else's when it is opened again. And ``--standalone`` listens on every interface with a store in which
-the agents' state is pickled: who can reach the port can run code. This one binds port 0 of the loopback interface
-itself, hands the open socket to the store, and keeps no state in it.
+the agents' state is pickled: who can reach the port can run code. This one holds a port of the loopback interface
+itself. In a run of nbddp nobody listens there: its process group meets in a file of the run directory, which no other
+user can open. Only when a cell asks for ``env://`` is a store served on that port.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
@@ -30,14 +32,21 @@ def get_handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
     return _create_handler
 
 
-def open_store(timeout: timedelta = _TIMEOUT) -> Any:
-    """Return a ``torch.distributed.TCPStore`` that serves on a free port of the loopback interface."""
+def hold_port() -> socket.socket:
+    """Return a socket bound to a free port of the loopback interface. Until it listens, connections are refused."""
+    holder = socket.socket()
+    holder.bind((LOOPBACK, 0))
+    return holder
+
+
+def serve_store(holder: socket.socket, timeout: timedelta = _TIMEOUT) -> Any:
+    """Return a ``torch.distributed.TCPStore`` that serves on the port that `holder` holds, and takes it over."""
     from torch.distributed import TCPStore
 
-    server = socket.create_server((LOOPBACK, 0), backlog=socket.SOMAXCONN)
-    port = server.getsockname()[1]
+    port = holder.getsockname()[1]
+    holder.listen(socket.SOMAXCONN)
     # The store owns the descriptor from here on.
-    fd = server.detach()
+    fd = holder.detach()
 
     def store(**options: Any) -> Any:
         return TCPStore(
@@ -52,17 +61,25 @@ def open_store(timeout: timedelta = _TIMEOUT) -> Any:
 
 
 def _create_handler(params: RendezvousParameters) -> RendezvousHandler:
+    from torch.distributed import HashStore
     from torch.distributed.elastic.rendezvous import (
         RendezvousHandler,
         RendezvousInfo,
         RendezvousStoreInfo,
     )
 
+    from nbddp import _settings
+    from nbddp._paths import RunDir
+
+    run_dir = os.environ.get(_settings.RUN_DIR)
+
     class LoopbackRendezvous(RendezvousHandler):
         """One agent on one machine: there is nobody to wait for."""
 
         def __init__(self) -> None:
             self._store: Any = None
+            self._holder: socket.socket | None = None
+            self._port = 0
 
         def get_backend(self) -> str:
             return BACKEND
@@ -72,9 +89,17 @@ def _create_handler(params: RendezvousParameters) -> RendezvousHandler:
             return True
 
         def next_rendezvous(self) -> RendezvousInfo:
-            # Asked again before a restart: a new store, since the keys of the last attempt would mislead the ranks.
-            self._store = open_store()
-            return RendezvousInfo(self._store, 0, 1, RendezvousStoreInfo(LOOPBACK, self._store.port))
+            # Asked again before a restart: a new port, since the keys of the last attempt would mislead the ranks.
+            self._holder = hold_port()
+            self._port = self._holder.getsockname()[1]
+            if run_dir is None:
+                self._serve()
+            # What the agent has to say to itself.
+            return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo(LOOPBACK, self._port))
+
+        def _serve(self) -> None:
+            if self._holder is not None:
+                self._store, self._holder = serve_store(self._holder), None
 
         def is_closed(self) -> bool:
             return False
@@ -83,6 +108,12 @@ def _create_handler(params: RendezvousParameters) -> RendezvousHandler:
             pass
 
         def num_nodes_waiting(self) -> int:
+            # torchrun asks this whenever it looks at its ranks.
+            if run_dir is not None and self._holder is not None:
+                asked, served = RunDir.from_environment(run_dir).store_marks(self._port)
+                if os.path.exists(asked):
+                    self._serve()
+                    os.rename(asked, served)
             return 0
 
         def get_run_id(self) -> str:

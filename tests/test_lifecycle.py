@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import errno
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -137,96 +136,6 @@ def test_the_kernel_does_not_grow(kernel: Kernel) -> None:
     assert kernel.get("descriptors()") == before
 
 
-def test_only_the_loopback_interface_is_listened_on(kernel: Kernel) -> None:
-    kernel.ok("import torch.distributed as dist, torch")
-    seen: list[tuple[str, int]] = []
-
-    def look() -> None:
-        for process in [launcher_of(kernel), *launcher_of(kernel).children(recursive=True)]:
-            seen.extend((c.laddr.ip, process.pid) for c in process.net_connections() if c.status == psutil.CONN_LISTEN)
-
-    kernel.run_and(
-        "%%ddp --cpus 2\nimport time\nprint('up', flush=True)\ndist.barrier()\ntime.sleep(1.5)",
-        "[rank 1] up",
-        lambda: (time.sleep(0.5), look()),
-    )
-    assert len(seen) >= 3  # the store's, and each rank's for gloo
-    assert {ip for ip, _ in seen} == {"127.0.0.1"}
-
-
-def test_what_a_stranger_puts_into_the_store_is_not_unpickled(kernel: Kernel, tmp_path: Path) -> None:
-    """Any local user can reach the port of the store; torchrun's own rendezvous would run this payload."""
-    target = tmp_path / "owned"
-
-    class Payload:
-        def __reduce__(self) -> tuple[object, ...]:
-            return os.system, (f"touch {target}",)
-
-    evil = pickle.dumps(Payload())
-
-    def attack(port: int) -> None:
-        from datetime import timedelta
-
-        from torch.distributed import TCPStore
-
-        store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
-        import base64
-
-        for key in (
-            "torch.rendezvous.nbddp",
-            "torch.rendezvous.none",
-            "nbddp",
-            "/",
-            "torchelastic/agent/terminal_state",
-        ):
-            store.set(key, evil)
-            store.set(f"{key}.b64", base64.b64encode(evil))
-
-    kernel.ok("import os, torch.distributed as dist")
-
-    def act() -> None:
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            for process in launcher_of(kernel).children(recursive=True):
-                for c in process.net_connections():
-                    if c.status == psutil.CONN_LISTEN and process.ppid() == launcher_of(kernel).pid:
-                        attack(c.laddr.port)
-                        return
-            time.sleep(0.05)
-        raise AssertionError("the store's port was not found")
-
-    reply = kernel.run_and(
-        "%%ddp --cpus 2\nimport time\nprint('up')\ntime.sleep(2)\ndist.barrier()\nprint('done')", "[rank 1] up", act
-    )
-    assert "[rank 0] done" in reply.text
-    assert not target.exists()
-
-
-def test_only_files_are_unpickled() -> None:
-    """Two places unpickle: one reads files of the run directory, the other what a rank gives to its own new process."""
-    can_unpickle = {f"{m}.{f}" for m in ("pickle", "cloudpickle", "torch") for f in ("load", "loads", "Unpickler")}
-    found = [
-        (path.name, called)
-        for path in PACKAGE.glob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute) and (called := ast.unparse(node)) in can_unpickle
-    ]
-    assert sorted(found) == [("_snapshot.py", "pickle.loads"), ("_workers.py", "cloudpickle.loads")]
-
-
-def test_everything_is_private(kernel: Kernel) -> None:
-    reply = kernel.ok(
-        "%%ddp --cpus 1\nimport os, __main__\nrun = os.path.dirname(__main__.__file__)\n"
-        "for name in (os.path.dirname(run), run, run + '/cell.py', run + '/socket'):\n"
-        "    print(oct(os.stat(name).st_mode)[-3:])"
-    )
-    assert reply.text.split() == ["700", "700", "600", "600"]
-    session = kernel.get("__import__('nbddp')._function.client.session.root")
-    assert oct(os.stat(session).st_mode)[-3:] == "700"
-    shm = Path("/dev/shm", os.path.basename(session))
-    assert oct(shm.stat().st_mode)[-3:] == "700"
-
-
 def test_a_killed_launcher_is_replaced(new_kernel: Callable[..., Kernel]) -> None:
     kernel = new_kernel()
     kernel.ok("%%ddp --cpus 1\npass")
@@ -238,7 +147,7 @@ def test_a_kernel_killed_while_the_launcher_imports(new_kernel: Callable[..., Ke
     kernel = new_kernel()
     process = launcher_of(kernel)
     kernel.kill()
-    process.wait(timeout=10)
+    process.wait(timeout=2)
 
 
 def test_a_restarted_kernel_starts_afresh(new_kernel: Callable[..., Kernel]) -> None:
