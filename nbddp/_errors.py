@@ -98,12 +98,22 @@ class ResultError(NbddpError):
 class RankError(NbddpError):
     """A rank raised an exception, exited with a status other than 0, or was killed.
 
+    What a rank raised is raised here as what it was: the error is of that type, with its message and attributes, and a
+    `RankError` besides. (Exceptions that cannot be sent, and syntax errors, are plain ones.)
+
     Attributes:
         rank: The rank that failed first.
         exception: The name of the exception's type, such as ``"ValueError"``; None if the rank raised none.
         exitcode: Its exit status; negative for the number of the signal that killed it; None if it raised.
         others: What became of the other ranks, in a few words each.
+        tracebacks: The traceback of each rank that raised, as text.
     """
+
+    # The line that follows the rank's traceback, if it is not this error's own name and message.
+    _headline: str | None = None
+
+    # Of an error that is what a rank has raised: its message there, and what it was made of.
+    _made_of: tuple[str, tuple[Any, ...]] = ("", ())
 
     def __init__(
         self,
@@ -113,6 +123,7 @@ class RankError(NbddpError):
         exception: str | None = None,
         exitcode: int | None = None,
         others: Mapping[int, str] | None = None,
+        tracebacks: Mapping[int, str] | None = None,
         details: tuple[str, ...] = (),
         notes: tuple[str, ...] = (),
     ) -> None:
@@ -121,6 +132,12 @@ class RankError(NbddpError):
         self.exception = exception
         self.exitcode = exitcode
         self.others = dict(others or {})
+        self.tracebacks = dict(tracebacks or {})
+
+    def _render_traceback_(self) -> list[str]:
+        if self._headline is None:
+            return super()._render_traceback_()
+        return [*self._details, self._headline, *self._below]
 
 
 class RunTimeout(NbddpError, TimeoutError):  # noqa: N818  # as TimeoutError's cousins in asyncio and socket

@@ -29,13 +29,14 @@ from nbddp._options import Options
 from nbddp._panel import Panel
 from nbddp._paths import RunDir, cannot_write, format_size
 from nbddp._relay import Relay, View
-from nbddp._report import error_of
+from nbddp._report import Circumstances, error_of
 from nbddp._results import Wanted
 from nbddp._run import Ending, Run
 from nbddp._screen import Screen
 from nbddp._script import Cell, Script, Setup
 from nbddp._snapshot import Snapshot
 from nbddp._stop import GRACE_SECONDS, InterruptGate
+from nbddp._where import Sources
 
 # What nbddp defines in the ranks where the notebook has no such name.
 GIVEN_NAMES = ("rank", "local_rank", "world_size", "device")
@@ -192,7 +193,7 @@ class _Attempt:
                 _write(script, run_dir)
             # It lies in the run directory now; copies that it may hold are not to wait for the end of the run.
             closure.release()
-            ending = self._run(devices, run_dir)
+            ending = self._run(devices, run_dir, closure.met)
             with gate.open():
                 reports = {rank: state.outcome or {} for rank, state in ending.ranks.items()}
                 results = _results.read(job.wanted, reports, closure.met)
@@ -208,7 +209,7 @@ class _Attempt:
         self.said += line + "\n"
         self.screen.write(line + "\n")
 
-    def _run(self, devices: _devices.Devices, run_dir: RunDir) -> Ending:
+    def _run(self, devices: _devices.Devices, run_dir: RunDir, sent: Sequence[Any]) -> Ending:
         """Run the script on the ranks.
 
         Raises:
@@ -252,7 +253,7 @@ class _Attempt:
             if not run.started and ending.cause != "interrupted":
                 raise _LauncherDied
         if ending.cause != "done":
-            raise self._error(ending, run, run_dir, _process.oom_kills() - oom_kills)
+            raise self._error(ending, run, run_dir, _process.oom_kills() - oom_kills, sent)
         return ending
 
     def _what_to_launch(self, devices: _devices.Devices, run_dir: RunDir, secret: str) -> Launch:
@@ -275,20 +276,21 @@ class _Attempt:
             start_method=self.start_method,
         )
 
-    def _error(self, ending: Ending, run: Run, run_dir: RunDir, oom_kills: int) -> BaseException:
+    def _error(self, ending: Ending, run: Run, run_dir: RunDir, oom_kills: int, sent: Sequence[Any]) -> BaseException:
         for state in ending.ranks.values():
             if state.outcome is not None and state.outcome["outcome"] == "cannot fork":
                 return _CannotFork(state.outcome["message"])
-        return error_of(
-            ending,
-            run_dir=run_dir,
-            cell=self.job.cell,
-            ranks=run.ranks,
-            timeout=self.job.options.timeout,
-            oom_kills=oom_kills,
+        circumstances = Circumstances(
+            run_dir,
+            Sources(self.job.cell, self.job.source_of),
+            run.ranks,
+            self.job.options.timeout,
+            oom_kills,
             known=self.job.known - set(self.job.names),
+            sent=sent,
             launcher=self.client.last_words() if run.launcher_died else None,
         )
+        return error_of(ending, circumstances)
 
 
 def _ranks_of(count: int) -> str:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import atexit
 import base64
 import contextlib
+import functools
 import linecache
 import os
 import signal
@@ -29,10 +30,10 @@ import traceback
 from collections.abc import Mapping
 from typing import Any
 
-from nbddp import _palette, _plots, _process, _repair, _results, _settings, _uplink, _workers
+from nbddp import _palette, _plots, _process, _raised, _repair, _results, _settings, _uplink, _workers
 from nbddp._names import MODULES_OWN
 from nbddp._paths import RunDir
-from nbddp._pickling import Target, load, load_file
+from nbddp._pickling import Pickler, Target, load, load_file
 from nbddp._results import Wanted
 
 
@@ -202,12 +203,16 @@ def _run_cell(
     if _state.notebook is not None:
         shell.publish = _state.notebook.publish
         shell.clear = _state.notebook.clear
+        shell.failing = _state.notebook.failing
         _state.notebook.begin(filename)
     error = shell.run(namespace, cell, filename=filename, number=number, header=header, cells=cells, colors=colors)
     _complete("cell")
     outcome = _outcome(error, shell.traceback)
+    rank = int(os.environ["RANK"])
+    if outcome["outcome"] == "raised" and error is not None and _state.run_dir is not None:
+        pickler = functools.partial(Pickler, namespace, _state.target.received)
+        outcome["pickled"] = _raised.write(error, outcome["message"], pickler, rank, _state.run_dir)
     if outcome["outcome"] == "done":
-        rank = int(os.environ["RANK"])
         names = Wanted(out, gather).of_rank(rank)
         if names and _state.run_dir is not None:
             outcome |= _results.write(names, namespace, _state.target.received, rank, _state.run_dir)
@@ -227,7 +232,7 @@ def _outcome(error: BaseException | None, lines: tuple[str, ...]) -> dict[str, A
                 print(error.code, file=sys.stderr)  # noqa: T201  # as the interpreter does
             return {"outcome": "exited", "code": code}
         case KeyboardInterrupt():
-            return {"outcome": "interrupted"}
+            return {"outcome": "interrupted", "lines": lines or tuple(_formatted(error))}
     from nbddp._group import CannotForkError
 
     if isinstance(error, CannotForkError):

@@ -41,11 +41,14 @@ class RankState:
         rank: Its number.
         pid: Its process.
         in_cell: Whether it has begun to run the cell.
+        failing: Since when it is known to have raised (``time.monotonic`` of the rank, which is this machine's).
+        raised: The name of the type of what it raised, if that is known.
         outcome: Its report, once there is one; see `nbddp._rank._outcome`.
         ended: Whether it has said that nothing more comes, or is gone.
         ended_at: When that was.
         died: When it was seen to be gone without having said so.
         exitcode: How torchrun says that it ended, if it died.
+        interrupted: Whether it was sent SIGINT.
         stopped: Whether it was ended by nbddp.
         asked: Whether it has been asked where it is, and has not answered.
         where: Where it last said that it is; see `nbddp._uplink._where`.
@@ -57,11 +60,14 @@ class RankState:
     output: int
     pidfd: int | None
     in_cell: bool = False
+    failing: float | None = None
+    raised: str = ""
     outcome: dict[str, Any] | None = None
     ended: bool = False
     ended_at: float = 0.0
     died: float | None = None
     exitcode: int | None = None
+    interrupted: bool = False
     stopped: bool = False
     where: dict[str, Any] = field(default_factory=dict)
     asked: bool = False
@@ -69,6 +75,8 @@ class RankState:
     @property
     def failed_at(self) -> float | None:
         """When it failed, or None if it has not."""
+        if self.failing is not None:
+            return self.failing
         if self.outcome is not None:
             return None if self.outcome["outcome"] == "done" else float(self.outcome["time"])
         return self.died if not self.stopped else None
@@ -223,6 +231,8 @@ class Ranks:
                     self._relay.display(state.rank, message)
                 case "at":
                     state.where, state.asked = message, False
+                case "failing":
+                    state.failing, state.raised = message["time"], message["exception"]
                 case "report":
                     state.outcome = message
                     for stage, at in message["times"].items():
@@ -308,6 +318,8 @@ def _close(state: RankState) -> None:
 def in_short(state: RankState) -> str:
     """Return in a few words how a rank ended."""
     outcome = state.outcome
+    if outcome is None and state.failing is not None:
+        return state.raised
     if outcome is None:
         return "stopped" if state.stopped else how_it_died(state.exitcode)
     match outcome["outcome"]:
@@ -324,7 +336,7 @@ def in_short(state: RankState) -> str:
 
 def in_short_of_other(state: RankState, first: RankState) -> str:
     """Return in a few words how a rank ended that was not the first to fail."""
-    if state.outcome is None or PEER_GONE.search(state.outcome.get("message", "")):
+    if (state.outcome is None and state.failing is None) or PEER_GONE.search((state.outcome or {}).get("message", "")):
         # By nbddp, by torchrun, or by the loss of the one that failed.
         return "stopped"
     text = in_short(state)

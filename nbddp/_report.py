@@ -3,62 +3,62 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from nbddp._errors import LaunchError, NbddpError, RankError, RunLostError, RunTimeout
+from nbddp import _advice, _palette, _raised, _where
+from nbddp._errors import LaunchError, RankError, RunLostError, RunTimeout
 from nbddp._paths import RunDir
 from nbddp._ranks import PEER_GONE, RankState, how_it_died, in_short, in_short_of_other
 from nbddp._run import Ending
-from nbddp._script import Cell
-
-_FRAME = re.compile(r'File "(?P<file>.*)", line (?P<line>\d+) in (?P<function>.*)')
+from nbddp._where import Sources
 
 # How much of torchrun's log is shown when it could not start the ranks.
 _LOG_LINES = 30
 
 
-def error_of(
-    ending: Ending,
-    *,
-    run_dir: RunDir,
-    cell: Cell,
-    ranks: int,
-    timeout: float | None,
-    oom_kills: int,
-    known: Iterable[str] = (),
-    launcher: str | None = None,
-) -> BaseException:
-    """Return the exception for a run that did not end well.
+@dataclass(frozen=True)
+class Circumstances:
+    """What there is to know of a run besides how it ended.
 
-    Args:
-        ending: How it ended.
+    Attributes:
         run_dir: Its files, still there.
-        cell: The cell that ran.
+        sources: The code that ran.
         ranks: How many ranks it had.
         timeout: The --timeout that it had.
         oom_kills: How many processes the system killed for want of memory during the run.
         known: Names that the notebook has and the ranks were not given.
+        sent: The objects that went to the ranks.
         launcher: What the launcher said last, if it ended before the run did.
     """
-    where = [_where(state, run_dir, cell) for _, state in sorted(ending.ranks.items())]
-    match ending.cause:
-        case "interrupted":
-            return _interrupt(where, ending.killed)
-        case "timeout":
-            message = f"the run was stopped after --timeout {timeout:g} seconds"
-            return RunTimeout(message, notes=tuple(where))
+
+    run_dir: RunDir
+    sources: Sources
+    ranks: int
+    timeout: float | None
+    oom_kills: int
+    known: Iterable[str] = ()
+    sent: Sequence[Any] = ()
+    launcher: str | None = None
+
+
+def error_of(ending: Ending, run: Circumstances) -> BaseException:
+    """Return the exception for a run that did not end well."""
+    if ending.cause in ("interrupted", "timeout"):
+        lines = _where.lines_of(ending.ranks, run.run_dir, run.sources)
+        if ending.cause == "interrupted":
+            return _interrupt(lines, ending.killed)
+        return RunTimeout(f"the run was stopped after --timeout {run.timeout:g} seconds", notes=tuple(lines))
     if ending.refusal is not None:
         return LaunchError(f"no rank could be started: {ending.refusal}")
-    if launcher is not None:
-        return RunLostError("nbddp's launcher ended, and the run with it", notes=(launcher,))
+    if run.launcher is not None:
+        return RunLostError("nbddp's launcher ended, and the run with it", notes=(run.launcher,))
     if ending.cause == "no ranks" or ending.first is None:
-        return LaunchError("torchrun could not start the ranks", notes=_last_words(run_dir))
+        return LaunchError("torchrun could not start the ranks", notes=_last_words(run.run_dir))
     if ending.agent_status is not None and ending.agent_status < 0 and ending.first.outcome is None:
         return RunLostError(f"torchrun's agent {how_it_died(ending.agent_status)}, and the ranks with it")
-    return _rank_error(ending, ending.first, run_dir, cell, ranks, oom_kills, set(known))
+    return _rank_error(ending, ending.first, run)
 
 
 def _interrupt(where: Sequence[str], killed: bool) -> KeyboardInterrupt:
@@ -71,133 +71,88 @@ def _interrupt(where: Sequence[str], killed: bool) -> KeyboardInterrupt:
     return error
 
 
-def _rank_error(
-    ending: Ending, first: RankState, run_dir: RunDir, cell: Cell, ranks: int, oom_kills: int, known: set[str]
-) -> NbddpError:
-    name = f"rank {first.rank} of {ranks}" if ranks > 1 else f"rank {first.rank}"
+@dataclass
+class _Story:
+    """What is told of the rank that failed first.
+
+    Attributes:
+        message: What happened, in a sentence that names the rank.
+        headline: The same, for behind the traceback of the exception.
+        details: The traceback.
+        notes: What to do about it.
+        exitcode: How its process ended, if the rank raised nothing.
+    """
+
+    message: str
+    headline: str = ""
+    details: tuple[str, ...] = ()
+    notes: list[str] = field(default_factory=list)
+    exitcode: int | None = None
+
+
+def _rank_error(ending: Ending, first: RankState, run: Circumstances) -> RankError:
     outcome = first.outcome or {}
-    details: list[str] = []
-    notes: list[str] = []
-    exception = exitcode = None
+    story = _story(ending, first, run)
+    others = {rank: in_short_of_other(state, first) for rank, state in ending.ranks.items() if state is not first}
+    folded = "; ".join(_where.grouped(others))
+    error = RankError(
+        story.message,
+        rank=first.rank,
+        exception=outcome.get("exception"),
+        exitcode=story.exitcode,
+        others=others,
+        tracebacks={
+            rank: _palette.uncoloured("\n".join(state.outcome["lines"]))
+            for rank, state in sorted(ending.ranks.items())
+            if state.outcome is not None and "lines" in state.outcome
+        },
+        details=story.details,
+        notes=tuple(filter(None, [folded, *story.notes])),
+    )
+    if outcome.get("pickled"):
+        return _raised.as_itself(error, outcome["pickled"], story.headline, run.sent)
+    return error
+
+
+def _story(ending: Ending, first: RankState, run: Circumstances) -> _Story:
+    name = f"rank {first.rank} of {run.ranks}" if run.ranks > 1 else f"rank {first.rank}"
+    outcome = first.outcome or {}
     match outcome.get("outcome"):
         case "raised":
-            exception = outcome["exception"]
-            details = [f"[rank {first.rank}]", *outcome["lines"]]
-            message = f"{name} raised {in_short(first)}"
-            if "loading" in outcome:
-                message = f"{name} could not load {outcome['loading']!r}, which the cell uses: {in_short(first)}"
-            if outcome.get("missing") in known:
-                notes.append(
-                    f"The notebook has a variable {outcome['missing']!r}, but the cell does not name it in a way that "
-                    "nbddp can see; mention it in the cell"
-                )
-            finished = [r for r, s in sorted(ending.ranks.items()) if (s.outcome or {}).get("outcome") == "done"]
-            if finished and PEER_GONE.search(outcome["message"]):
-                notes.append(
-                    f"It waited for {_ranks(finished)}, which had finished: every rank must call the same collectives"
-                )
+            return _story_of_exception(name, ending, first, run)
         case "exited":
-            exitcode = outcome["code"]
-            message = f"{name} {in_short(first)} (sys.exit)"
+            return _Story(f"{name} {in_short(first)} (sys.exit)", exitcode=outcome["code"])
         case "interrupted":
-            message = f"{name} was interrupted, but not by this notebook"
-        case _:
-            exitcode = first.exitcode
-            message = f"{name} {how_it_died(exitcode)}"
-            notes += _last_stack(first, run_dir, cell)
-            if exitcode == -9 and oom_kills:
-                notes.append(
-                    "The system killed a process for want of memory during this run. Less data per rank, a smaller "
-                    "batch or fewer ranks would need less"
-                )
-    others = {rank: in_short_of_other(state, first) for rank, state in ending.ranks.items() if state is not first}
-    folded = _folded(others)
-    if folded:
-        notes.append(folded)
-    return RankError(
-        message,
-        rank=first.rank,
-        exception=exception,
-        exitcode=exitcode,
-        others=others,
-        details=tuple(details),
-        notes=tuple(notes),
-    )
+            details = (f"[rank {first.rank}]", *outcome["lines"])
+            return _Story(f"{name} was interrupted, but not by this notebook", details=details)
+    story = _Story(f"{name} {how_it_died(first.exitcode)}", exitcode=first.exitcode)
+    story.notes += _where.last_words(first, run.run_dir, run.sources)
+    if first.exitcode == -9 and run.oom_kills:
+        story.notes.append(
+            "The system killed a process for want of memory during this run. Less data per rank, a smaller batch or "
+            "fewer ranks would need less"
+        )
+    return story
 
 
-def _folded(others: dict[int, str]) -> str:
-    """Return one line for all ranks but the one that failed first."""
-    by_text: dict[str, list[int]] = {}
-    for rank, text in sorted(others.items()):
-        by_text.setdefault(text, []).append(rank)
-    return "; ".join(f"{_ranks(ranks)}: {text}" for text, ranks in by_text.items())
-
-
-def _ranks(ranks: Sequence[int]) -> str:
-    """Return rank numbers as a person writes them: ``rank 3``, ``ranks 0, 2-5``."""
-    spans: list[list[int]] = []
-    for rank in ranks:
-        if spans and spans[-1][1] == rank - 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    listed = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
-    return f"rank {listed}" if len(ranks) == 1 else f"ranks {listed}"
-
-
-def _where(state: RankState, run_dir: RunDir, cell: Cell) -> str:
-    """Return a line that says where a rank was when its stack was taken."""
-    frames = _frames(_stack_text(state, run_dir))
-    if not state.in_cell:
-        return f"rank {state.rank}: starting"
-    if not frames:
-        return f"rank {state.rank}: {in_short(state)}"
-    return f"rank {state.rank}: {_place(frames, cell)}"
-
-
-def _place(frames: Sequence[dict[str, Any]], cell: Cell) -> str:
-    innermost = frames[0]
-    in_cell = next((frame for frame in frames if frame["file"] == cell.filename), None)
-    if in_cell is None:
-        return f"in {_named(innermost)}"
-    if in_cell is innermost:
-        return f"on line {in_cell['line']} of the cell"
-    return f"on line {in_cell['line']} of the cell, in {_named(innermost)}"
-
-
-def _named(frame: dict[str, Any]) -> str:
-    file = frame["file"].replace("\\", "/")
-    _, found, inside = file.rpartition("site-packages/")
-    if not found:
-        inside = os.path.basename(file)
-    return f"{frame['function']} ({inside}, line {frame['line']})"
-
-
-def _frames(text: str) -> list[dict[str, Any]]:
-    """Return the frames of the first stack in what faulthandler wrote, innermost first."""
-    frames = []
-    for line in text.splitlines():
-        match = _FRAME.search(line)
-        if match:
-            frames.append(match.groupdict())
-        elif frames:
-            break
-    return frames
-
-
-def _last_stack(state: RankState, run_dir: RunDir, cell: Cell) -> list[str]:
-    """Return what faulthandler wrote when a signal such as SIGSEGV ended the rank."""
-    text = _stack_text(state, run_dir)
-    if not text.startswith("Fatal Python error"):
-        return []
-    frames = _frames(text)
-    return [text.splitlines()[0], *([f"rank {state.rank} was {_place(frames, cell)}"] if frames else [])]
-
-
-def _stack_text(state: RankState, run_dir: RunDir) -> str:
-    with contextlib.suppress(OSError), open(run_dir.stacks(state.rank), errors="replace") as file:
-        return file.read()
-    return ""
+def _story_of_exception(name: str, ending: Ending, first: RankState, run: Circumstances) -> _Story:
+    outcome = first.outcome or {}
+    message, headline = f"{name} raised {in_short(first)}", f"{name} raised this"
+    if "loading" in outcome:
+        what = f"{outcome['loading']!r}, which the cell uses"
+        message, headline = f"{name} could not load {what}: {in_short(first)}", f"{name} could not load {what}"
+    story = _Story(message, headline, (f"[rank {first.rank}]", *outcome["lines"]))
+    if outcome.get("missing") in set(run.known):
+        story.notes.append(
+            f"The notebook has a variable {outcome['missing']!r}, but the cell does not name it in a way that nbddp "
+            "can see; mention it in the cell"
+        )
+    finished = [r for r, s in sorted(ending.ranks.items()) if (s.outcome or {}).get("outcome") == "done"]
+    if finished and PEER_GONE.search(outcome["message"]):
+        story.notes.append(_advice.on_early_end(_where.ranks(finished)))
+    elif advice := _advice.on_exception(outcome["exception"], outcome["message"]):
+        story.notes.append(advice)
+    return story
 
 
 def _last_words(run_dir: RunDir) -> tuple[str, ...]:

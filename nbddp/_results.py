@@ -98,7 +98,7 @@ def read(wanted: Wanted, reports: Mapping[int, Mapping[str, Any]], sent: Sequenc
         if "results" in report:
             absent = {*report["missing_results"], *report["bad_results"]}
             names = [name for name in wanted.of_rank(rank) if name not in absent]
-            loaded[rank], reasons = _load(report["results"], names, wanted.device, sent)
+            loaded[rank], reasons = load_parts(report["results"], names, wanted.device, sent)
             told += [f"{name!r} came back, but cannot be loaded here: {why}" for name, why in reasons.items()]
         for problem in dict.fromkeys(told):
             problems.setdefault(problem, []).append(rank)
@@ -115,10 +115,10 @@ def read(wanted: Wanted, reports: Mapping[int, Mapping[str, Any]], sent: Sequenc
     return results
 
 
-def _load(
+def load_parts(
     path: str, names: Sequence[str], device: str | None, sent: Sequence[Any]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Load these results of a rank, and return those that there are, and for the others why not."""
+    """Load these names of what a rank has written; return those that there are, and for the others why not."""
     target = _target(device, sent)
     try:
         load_file(path, target)

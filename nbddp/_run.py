@@ -201,6 +201,8 @@ class Run:
         if self._ladder is None and (failed := self._ranks.failed):
             attempt = self._ranks.attempt
             if attempt < self._launch.max_restarts and self._announced < attempt:
+                if not (failed[0].ended or failed[0].outcome):
+                    return  # it is about to say how
                 self._announced = attempt
                 self._relay.say(
                     f"nbddp: rank {failed[0].rank} failed ({in_short(failed[0])}); "
@@ -239,22 +241,42 @@ class Run:
             self._killed = True
             return
         for state in alive:
-            if step is Step.BREAK_OFF:
-                if state.in_cell and state.outcome is None:
-                    self._ranks.tell(state, "break off")
-            elif step is Step.INTERRUPT and state.in_cell:
-                self._ranks.tell(state, "interrupted")
-                # The stack first: it is written by the C-level handler, before KeyboardInterrupt unwinds it.
-                _process.signal_main_thread(state.pid, state.pidfd, STACK_SIGNAL)
-                _process.signal_main_thread(state.pid, state.pidfd, signal.SIGINT)
-            elif state.outcome is None:
-                # One that is still joining the process group has nothing to clean up, and in there, in C++, it would
-                # not hear of an interrupt.
-                state.stopped = True
-                signum = signal.SIGKILL if step is Step.KILL_RANKS else signal.SIGTERM
-                _process.send_signal(state.pid, state.pidfd, signum)
+            match step:
+                case Step.INTERRUPT:
+                    # The stack first: it is written by the C-level handler, before KeyboardInterrupt unwinds it.
+                    self.take_stack(state)
+                    if state.in_cell:
+                        self._interrupt_rank(state)
+                case Step.END_STARTING:
+                    if state.in_cell and not state.interrupted:
+                        self._interrupt_rank(state)
+                    elif not state.in_cell:
+                        # It has nothing to clean up, and inside torch, in C++, it would not hear of an interrupt.
+                        self._end_rank(state, signal.SIGTERM)
+                case Step.BREAK_OFF:
+                    if state.in_cell and state.outcome is None:
+                        self._ranks.tell(state, "break off")
+                case Step.TERMINATE:
+                    self._end_rank(state, signal.SIGTERM)
+                case Step.KILL_RANKS:
+                    self._end_rank(state, signal.SIGKILL)
         if step is Step.TERMINATE and self._cause != "failed" and alive:
             self._relay.say("nbddp: ranks that did not end are terminated")
+
+    def take_stack(self, state: RankState) -> None:
+        """Have a rank write the Python stack of its main thread to its file in the run directory."""
+        _process.signal_main_thread(state.pid, state.pidfd, STACK_SIGNAL)
+
+    def _interrupt_rank(self, state: RankState) -> None:
+        state.interrupted = True
+        self._ranks.tell(state, "interrupted")
+        _process.signal_main_thread(state.pid, state.pidfd, signal.SIGINT)
+
+    def _end_rank(self, state: RankState, signum: int) -> None:
+        """End a rank, unless it has said how it ended or, having failed by itself, is about to."""
+        if state.outcome is None and state.failing is None:
+            state.stopped = True
+            _process.send_signal(state.pid, state.pidfd, signum)
 
     def _began(self) -> None:
         self.panel.begin()

@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType, TracebackType
 from typing import Any
 
+import torch
 from IPython.core.compilerop import CachingCompiler
 from IPython.core.displayhook import DisplayHook
 from IPython.core.displaypub import DisplayPublisher
@@ -36,6 +37,10 @@ from nbddp._uplink import flush
 
 # Sends a mime bundle to the notebook: (data, metadata, transient, update, is it the cell's value).
 Publish = Callable[[dict[str, Any], dict[str, Any], dict[str, Any], bool, bool], None]
+
+
+# Folders of code whose frames tell the reader of a traceback nothing.
+_FOLDED = tuple(os.path.join(os.path.dirname(m.__file__ or ""), "") for m in (torch, sys.modules["nbddp"]))
 
 
 def _print_plain(
@@ -104,6 +109,7 @@ class RankShell(InteractiveShell):
     Attributes:
         publish: Where mime bundles go.
         clear: What ``clear_output`` calls.
+        failing: Called with what the cell has raised, before its traceback is made.
         traceback: The lines of the last traceback, as the notebook would show them.
     """
 
@@ -113,6 +119,7 @@ class RankShell(InteractiveShell):
 
     publish: Publish = staticmethod(_print_plain)
     clear: Callable[[bool], None] = staticmethod(lambda _: None)
+    failing: Callable[[BaseException], None] = staticmethod(lambda _: None)
     cell_is_quiet = False
     traceback: tuple[str, ...] = ()
     _cells: Mapping[str, int] = MappingProxyType({})
@@ -145,6 +152,8 @@ class RankShell(InteractiveShell):
         while tb is not None and tb.tb_next is not None and tb.tb_frame.f_code.co_filename == CALLER:
             tb, tb_offset = tb.tb_next, 0
         if not isinstance(value, SystemExit | KeyboardInterrupt):
+            self.failing(value)
+            _fold(value)
             self.traceback = self._rendered(kind, value, tb, tb_offset)
 
     def showsyntaxerror(self, *_: Any, **__: Any) -> None:
@@ -244,6 +253,24 @@ class RankShell(InteractiveShell):
         result = self.run_cell(source, store_history=False)
         error: BaseException | None = result.error_before_exec or result.error_in_exec
         return error
+
+
+def _fold(error: BaseException) -> None:
+    """Have IPython count the frames inside torch and nbddp instead of showing them; the last one it shows."""
+    seen: set[int] = set()
+    pending: list[BaseException | None] = [error]
+    while pending:
+        one = pending.pop()
+        if one is None or id(one) in seen:
+            continue
+        seen.add(id(one))
+        pending += [one.__cause__, one.__context__]
+        tb = one.__traceback__
+        while tb is not None and tb.tb_next is not None:
+            if tb.tb_frame.f_code.co_filename.startswith(_FOLDED):
+                # The name by which test frameworks mark such frames; IPython knows it, too.
+                tb.tb_frame.f_locals["__tracebackhide__"] = True
+            tb = tb.tb_next
 
 
 def _ends_with_semicolon(source: str) -> bool:

@@ -18,7 +18,7 @@ GRACE_SECONDS = 5.0
 
 # Seconds that the other ranks have, after one has failed, to fail by themselves with an error that says more than
 # that they were stopped; a broken collective raises within milliseconds.
-SETTLE_SECONDS = 0.5
+SETTLE_SECONDS = 0.15
 
 # Seconds that a rank which has reported its end has for threads and exit handlers.
 EXIT_SECONDS = 5.0
@@ -27,14 +27,18 @@ EXIT_SECONDS = 5.0
 # wait for each other in different collectives would wait until they are killed.
 BREAK_OFF_SECONDS = 1.0
 
+# Seconds in which a rank can write its stack.
+STACK_SECONDS = 0.05
+
 # Seconds between SIGTERM and SIGKILL.
-TERM_SECONDS = 1.0
+TERM_SECONDS = 0.5
 
 
 class Step(Enum):
     """What can be done to a rank."""
 
-    INTERRUPT = "interrupt"  # its stack is taken, then SIGINT
+    INTERRUPT = "interrupt"  # its stack is taken; then SIGINT, if it runs the cell
+    END_STARTING = "end starting"  # SIGTERM, if it does not yet run the cell
     BREAK_OFF = "break off"  # a rank that hangs in a collective gives up its connections
     TERMINATE = "terminate"  # SIGTERM, unless it has reported and is only cleaning up
     KILL_RANKS = "kill ranks"  # SIGKILL, likewise
@@ -51,7 +55,8 @@ class Ladder:
     def of_interrupt(cls, grace: float) -> Ladder:
         """The user wants the run to end: every rank gets its chance to clean up."""
         now = time.monotonic()
-        steps = [(now, Step.INTERRUPT), (now + BREAK_OFF_SECONDS, Step.BREAK_OFF)]
+        steps = [(now, Step.INTERRUPT), (now + STACK_SECONDS, Step.END_STARTING)]
+        steps += [(now + BREAK_OFF_SECONDS, Step.BREAK_OFF)]
         steps += [(now + grace, Step.TERMINATE), (now + grace + TERM_SECONDS, Step.KILL)]
         return cls(sorted(steps, key=lambda step: step[0]))
 

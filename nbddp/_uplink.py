@@ -141,6 +141,10 @@ class Uplink:
         # Not to descriptor 1, which the cell may have closed or sent to a file.
         os.write(self._pipe, _wire.mark(self._secret, f"{what}{self._displays}"))
 
+    def failing(self, error: BaseException) -> None:
+        """Tell at once that the cell has raised: what there is to say of it, its traceback, takes its time."""
+        self._send("failing", time=time.monotonic(), exception=type(error).__name__)
+
     def report(self, **outcome: Any) -> None:
         """Tell how the cell ended."""
         self._send("report", time=time.monotonic(), **outcome)
@@ -156,7 +160,7 @@ class Uplink:
 _cell = ""
 
 # Where torch's collectives are: the name of the function that was called tells which one it is.
-_COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
+COLLECTIVES = os.path.join("torch", "distributed", "distributed_c10d.py")
 
 
 def _where() -> dict[str, Any]:
@@ -165,7 +169,7 @@ def _where() -> dict[str, Any]:
     waits = line = None
     while frame is not None and line is None:
         file = frame.f_code.co_filename
-        if file.endswith(_COLLECTIVES):
+        if file.endswith(COLLECTIVES):
             waits = frame.f_code.co_name
         elif file == _cell:
             line = frame.f_lineno

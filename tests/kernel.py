@@ -68,6 +68,14 @@ class Reply:
         return next((_ANSI.sub("", "\n".join(c["traceback"])) for kind, c in self.outputs if kind == "error"), "")
 
     @property
+    def failure(self) -> str:
+        """What the error says of the rank at fault: its message, or what follows the traceback of its exception."""
+        raised = re.search(r"^(rank \d+( of \d+)? raised) this$", self.traceback, re.MULTILINE)
+        if raised is None:
+            return self.message
+        return f"{raised[1]} {self.error}: {self.message}" if self.message else f"{raised[1]} {self.error}"
+
+    @property
     def value(self) -> dict[str, Any] | None:
         """The mime bundle of the cell's value."""
         return next((c["data"] for kind, c in self.outputs if kind == "execute_result"), None)

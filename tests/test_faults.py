@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -19,8 +20,9 @@ from tests.kernel import Kernel
 def test_a_rank_that_raises_fails_the_cell(kernel: Kernel) -> None:
     kernel.ok("import torch.distributed as dist")
     reply = kernel.run("%%ddp --cpus 3\nx = 1\nif rank == 1:\n    raise ValueError('bad shape')\ndist.barrier()")
-    assert reply.error == "RankError"
-    assert reply.message == "rank 1 of 3 raised ValueError: bad shape"
+    assert reply.error == "ValueError"
+    assert reply.message == "bad shape"
+    assert reply.failure == "rank 1 of 3 raised ValueError: bad shape"
     assert "----> 4     raise ValueError('bad shape')" in reply.traceback
     assert "[rank 1]" in reply.traceback
     assert "_magic.py" not in reply.traceback
@@ -32,15 +34,15 @@ def test_a_rank_that_raises_fails_the_cell(kernel: Kernel) -> None:
 
 def test_the_first_failure_is_the_cause(kernel: Kernel) -> None:
     kernel.ok("import time")
-    reply = kernel.run("%%ddp --cpus 2\ntime.sleep(0.2 * (1 - rank))\nraise RuntimeError(f'mine {rank}')")
-    assert reply.message == "rank 1 of 2 raised RuntimeError: mine 1"
+    reply = kernel.run("%%ddp --cpus 2\ntime.sleep(0.05 * (1 - rank))\nraise RuntimeError(f'mine {rank}')")
+    assert reply.failure == "rank 1 of 2 raised RuntimeError: mine 1"
     assert "rank 0: RuntimeError: mine 0" in reply.traceback
 
 
 def test_the_same_failure_everywhere_is_told_once(kernel: Kernel) -> None:
     reply = kernel.run("%%ddp --cpus 4\n1 / 0")
-    assert "ZeroDivisionError" in reply.message
-    assert reply.traceback.count("ZeroDivisionError: division by zero") == 2  # in the traceback, and in the message
+    assert reply.error == "ZeroDivisionError"
+    assert reply.traceback.count("ZeroDivisionError: division by zero") == 1
     assert ": the same" in reply.traceback
 
 
@@ -84,10 +86,10 @@ def test_one_rank_ends_while_another_waits_for_it(kernel: Kernel) -> None:
     )
     body = "ddp = DDP(model)\nif rank == 1:\n    {}\ndist.all_reduce(torch.ones(1))"
     reply = kernel.run("%%ddp --cpus 2\nimport sys\n" + body.format("sys.exit()"))
-    assert reply.message.startswith("rank 0 of 2 raised RuntimeError")
+    assert reply.failure.startswith("rank 0 of 2 raised RuntimeError")
     assert "It waited for rank 1, which had finished" in reply.traceback
     reply = kernel.run("%%ddp --cpus 3\n" + body.format("raise ValueError('no data')"))
-    assert reply.message == "rank 1 of 3 raised ValueError: no data"
+    assert reply.failure == "rank 1 of 3 raised ValueError: no data"
     assert "ranks 0, 2: stopped" in reply.traceback
 
 
@@ -108,7 +110,7 @@ def test_a_rank_that_dies(kernel: Kernel, code: str, how: str) -> None:
     assert "rank 0: stopped" in reply.traceback
     assert reply.seconds < 8
     if "SEGV" in how or "ABRT" in how:
-        assert "rank 1 was on line 4 of the cell" in reply.traceback
+        assert re.search(r"rank 1: .*on line 4 of the cell: \S+", reply.traceback)
 
 
 def test_a_rank_that_leaves_quietly(kernel: Kernel) -> None:
@@ -124,7 +126,7 @@ def test_a_rank_that_ignores_sigterm_does_not_hold_up_the_failure(kernel: Kernel
         "%%ddp --cpus 2\nimport signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
         "if rank == 1:\n    time.sleep(0.2); raise KeyError('x')\ntime.sleep(60)"
     )
-    assert reply.message == "rank 1 of 2 raised KeyError: 'x'"
+    assert reply.failure == "rank 1 of 2 raised KeyError: 'x'"
     assert reply.seconds < 6
 
 
@@ -140,8 +142,7 @@ def test_a_timeout_says_where_the_ranks_were(kernel: Kernel) -> None:
     reply = kernel.run("%%ddp --cpus 2 --timeout 1\nimport time\ndef wait():\n    time.sleep(60)\nwait()")
     assert reply.error == "RunTimeout"
     assert reply.message == "the run was stopped after --timeout 1 seconds"
-    assert "rank 0: on line 4 of the cell" in reply.traceback
-    assert "rank 1: on line 4 of the cell" in reply.traceback
+    assert "ranks 0-1: in wait on line 4 of the cell: time.sleep(60) (called on line 5 of the cell)" in reply.traceback
     assert 1 <= reply.seconds < 4
     assert kernel.get("issubclass(__import__('nbddp').RunTimeout, TimeoutError)") is True
 
@@ -238,7 +239,7 @@ def test_an_interrupt_after_a_failure_does_not_hide_it(kernel: Kernel) -> None:
         "up",
         lambda: (time.sleep(0.5), kernel.interrupt()),
     )
-    assert reply.message == "rank 0 raised ValueError: the reason"
+    assert reply.failure == "rank 0 raised ValueError: the reason"
     assert reply.seconds < 3
 
 

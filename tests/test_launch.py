@@ -46,7 +46,8 @@ def test_in_a_script(tmp_path: Path) -> None:
     assert lines[6] == "True ZeroDivisionError"
     assert run.returncode == 1
     # Outside IPython, the rank's own traceback comes with the error.
-    assert "nbddp._errors.RankError: rank 0 raised IndexError: list index out of range" in run.stderr
+    assert "\nIndexError: list index out of range\n[rank 0]\n" in run.stderr
+    assert run.stderr.endswith("rank 0 raised this\n")
     assert "nbddp.launch(lambda: [][1], cpus=1)" in run.stderr
 
 
@@ -101,7 +102,7 @@ def test_without_fork_it_is_slower_and_otherwise_the_same(new_kernel: Callable[.
     assert kernel.get("t.item(), type(y) is Net") == (2097152.0, True)
 
     reply = kernel.run("%%ddp --cpus 2\nimport time\nif rank == 1:\n    raise ValueError('bad')\ntime.sleep(60)")
-    assert reply.message == "rank 1 of 2 raised ValueError: bad"
+    assert reply.failure == "rank 1 of 2 raised ValueError: bad"
     assert "----> 4     raise ValueError('bad')" in reply.traceback
     assert reply.seconds < 15
 

@@ -1,0 +1,110 @@
+"""A rank's exception on its way to the notebook, where it is raised as what it was.
+
+It travels as results do, in a file of the run directory. In the notebook ``except ValueError`` is to catch it, and so
+is ``except RankError``: it gets a class of its own that is both, as Ray does for the errors of its tasks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from nbddp import _results
+from nbddp._errors import RankError
+from nbddp._paths import RunDir
+from nbddp._pickling import Pickler
+
+# IPython shows these in ways of its own, and would not show what happened in the rank.
+_SHOWN_OTHERWISE = ("SyntaxError", "UsageError")
+
+
+def write(error: BaseException, text: str, pickler: Callable[[], Pickler], rank: int, run_dir: RunDir) -> str | None:
+    """Write a rank's exception; return the file, or None if it cannot be pickled.
+
+    Not the exception as such: it would be made anew by a call of its type, with arguments that this may not take.
+
+    Args:
+        error: The exception.
+        text: Its message.
+        pickler: Makes what pickles it.
+        rank: This rank.
+        run_dir: The run's files.
+    """
+    name = {"kind": type(error), "text": text}
+    content: dict[str, Any] = {"args": error.args, "values": error.args}
+    state: Any = vars(error)
+    with contextlib.suppress(Exception):
+        # An OSError knows more than its arguments; and a class may have a way of its own to be pickled.
+        reduced = error.__reduce__()
+        if isinstance(reduced, tuple) and reduced[0] is type(error):
+            content["values"], *more = reduced[1:]
+            state = {**vars(error), **(more[0] if more and isinstance(more[0], dict) else {})}
+    # As much of it as there can be.
+    for parts in ({**name, **content, "state": state}, {**name, **content}, name):
+        with contextlib.suppress(Exception):
+            snapshot = pickler().snapshot(parts)
+            return run_dir.store(f"exception.{rank}", snapshot.nbytes, snapshot.write)
+    return None
+
+
+def as_itself(error: RankError, path: str, where: str, sent: Sequence[Any]) -> RankError:
+    """Return a rank's failure as an exception of the type that the rank raised.
+
+    Args:
+        error: The failure.
+        path: What `write` returned.
+        where: Which rank it was, in words that follow the exception's traceback.
+        sent: The objects that went to the ranks (`Snapshot.met`): the notebook's own exception classes among them.
+
+    Returns:
+        An object that is both; `error` itself if there can be none.
+    """
+    parts = _results.load_parts(path, ("kind", "text", "args", "values", "state"), None, sent)[0]
+    kind = parts.get("kind")
+    if not (isinstance(kind, type) and issubclass(kind, Exception)) or _is_shown_otherwise(kind):
+        return error
+    args = parts.get("args", (parts["text"],))
+    with contextlib.suppress(Exception):  # a class that must not have subclasses, or is made in a way of its own
+        made = _make(kind, parts["text"], parts.get("values", args), args, parts.get("state", {}))
+        own_notes = list(getattr(made, "__notes__", ()))
+        vars(made).update(vars(error), _headline=where)
+        # Outside IPython, the interpreter prints them below the traceback.
+        made.__notes__ = [*own_notes, *made._details, where, *made._below]
+        return made
+    return error
+
+
+def _is_shown_otherwise(kind: type) -> bool:
+    return any(base.__name__ in _SHOWN_OTHERWISE for base in kind.__mro__)
+
+
+def class_of(kind: type[Exception]) -> type[RankError]:
+    """Return a class with the name of `kind` that is a subclass of `RankError` and of `kind`."""
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
+    both: type[RankError] = type(kind.__name__, (RankError, kind), {**names, "__reduce__": _reduce, "_kind": kind})
+    return both
+
+
+def _make(
+    kind: type[Exception], text: str, values: tuple[Any, ...], args: tuple[Any, ...], state: Mapping[str, Any]
+) -> RankError:
+    """Make the object without a call of its type's ``__init__``, whose arguments nobody knows any more."""
+    both = class_of(kind)
+    made = both.__new__(both, *values)
+    # What an OSError or a UnicodeDecodeError knows is not in its dictionary.
+    built_in = next(base for base in kind.__mro__ if base.__module__ == "builtins")
+    built_in.__init__(made, *values)  # type: ignore[misc]
+    made.args = args
+    BaseException.__setstate__(made, dict(state))
+    made._made_of = text, values
+    try:
+        str(made)
+    except Exception:  # front ends ask for it without a thought
+        both.__str__ = lambda self: self._made_of[0]  # type: ignore[attr-defined, method-assign]
+    return made
+
+
+def _reduce(self: Any) -> tuple[Any, ...]:
+    text, values = self._made_of
+    return _make, (self._kind, text, values, self.args, vars(self))
