@@ -21,12 +21,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbddp import _client, _closure, _devices, _plots, _process, _results, _settings, _wire
+from nbddp import _client, _closure, _devices, _plots, _process, _results, _settings, _where, _wire
 from nbddp._agent import Launch, torchrun_options
 from nbddp._errors import LaunchError
 from nbddp._memory import Meter
 from nbddp._options import Options
-from nbddp._panel import Panel
 from nbddp._paths import RunDir, cannot_write, format_size
 from nbddp._relay import Relay, View
 from nbddp._report import Circumstances, error_of
@@ -45,10 +44,38 @@ GIVEN_NAMES = ("rank", "local_rank", "world_size", "device")
 _DESCRIPTORS_PER_RANK = 4
 _DESCRIPTORS_BESIDES = 100
 
+# Seconds that ranks have to write their stacks; they need microseconds.
+_STACK_SECONDS = 0.5
+
 MimeBundle = tuple[dict[str, Any], dict[str, Any]]
 
-# The panels of the runs that are under way in this process, shown or not.
-running: list[Panel] = []
+
+@dataclass(frozen=True)
+class UnderWay:
+    """A run that is under way in this process; may be asked from any thread."""
+
+    run: Run
+    run_dir: RunDir
+    sources: Sources
+
+    def stacks(self) -> list[str]:
+        """Return where the ranks are at this moment, a line for each group that is at the same place."""
+        states = self.run.states
+        before = {rank: _size(self.run_dir.stacks(rank)) for rank in states}
+        for state in states.values():
+            if not state.ended:
+                self.run.take_stack(state)
+        waited_for = {rank for rank, state in states.items() if not state.ended}
+        deadline = time.monotonic() + _STACK_SECONDS
+        while waited_for and time.monotonic() < deadline:
+            time.sleep(0.01)
+            waited_for = {rank for rank in waited_for if _size(self.run_dir.stacks(rank)) <= before[rank]}
+        time.sleep(0.01)  # for the rest of what is being written
+        return _where.lines_of(states, self.run_dir, self.sources, silent=waited_for)
+
+
+# The runs that are under way in this process, shown or not.
+running: list[UnderWay] = []
 
 
 @dataclass
@@ -245,8 +272,9 @@ class _Attempt:
                 grace=self.job.grace,
                 wait_until_gone=devices.gpus,
             )
-            running.append(run.panel)
-            stack.callback(running.remove, run.panel)
+            under_way = UnderWay(run, run_dir, self._sources(run_dir))
+            running.append(under_way)
+            stack.callback(running.remove, under_way)
             ending = run.wait()
         if run.launcher_died:
             self.client.end_leftovers()
@@ -255,6 +283,9 @@ class _Attempt:
         if ending.cause != "done":
             raise self._error(ending, run, run_dir, _process.oom_kills() - oom_kills, sent)
         return ending
+
+    def _sources(self, run_dir: RunDir) -> Sources:
+        return Sources(self.job.cell, run_dir.script, self.job.source_of)
 
     def _what_to_launch(self, devices: _devices.Devices, run_dir: RunDir, secret: str) -> Launch:
         env = _devices.environment(os.environ, self.job.options, devices)
@@ -282,7 +313,7 @@ class _Attempt:
                 return _CannotFork(state.outcome["message"])
         circumstances = Circumstances(
             run_dir,
-            Sources(self.job.cell, self.job.source_of),
+            self._sources(run_dir),
             run.ranks,
             self.job.options.timeout,
             oom_kills,
@@ -291,6 +322,13 @@ class _Attempt:
             launcher=self.client.last_words() if run.launcher_died else None,
         )
         return error_of(ending, circumstances)
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:  # not made yet, or gone with the run
+        return 0
 
 
 def _ranks_of(count: int) -> str:

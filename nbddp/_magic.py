@@ -208,6 +208,8 @@ class DDPMagics(Magics):
                     raise UsageError(str(error)) from None
             case ["status"]:
                 sys.stdout.write(_status() + "\n")
+            case ["stacks"]:
+                sys.stdout.write(_stacks() + "\n")
             case ["results"]:
                 if not self._left_over:
                     raise LaunchError("%ddp results: nothing is left over from the last run")
@@ -216,7 +218,7 @@ class DDPMagics(Magics):
                 sys.stdout.write("\n".join(self._explain(names)) + "\n")
             case _:
                 raise UsageError(
-                    f"%ddp {line}: there are only %ddp log, status, results and explain (%ddp -h); "
+                    f"%ddp {line}: there are only %ddp log, status, stacks, results and explain (%ddp -h); "
                     "a cell that runs on ranks begins with %%ddp"
                 )
         return None
@@ -237,9 +239,9 @@ class DDPMagics(Magics):
 
 def _status() -> str:
     """Return what is known of the runs that are under way."""
-    panels = list(_job.running)
+    panels = [one.run.panel for one in _job.running]
     if not panels:
-        return "nbddp: nothing is running"
+        return _NOTHING
     for panel in panels:
         panel.look()
     # The answers come to the thread of the run.
@@ -247,7 +249,14 @@ def _status() -> str:
     return "\n".join(panel.text() for panel in panels)
 
 
+def _stacks() -> str:
+    """Return where the ranks are of the runs that are under way."""
+    lines = [line for one in list(_job.running) for line in one.stacks() or ["nbddp: no rank has started yet"]]
+    return "\n".join(lines) or _NOTHING
+
+
 _ANSWER_SECONDS = 0.2
+_NOTHING = "nbddp: nothing is running"
 
 LINE_HELP = """\
 %ddp log         where the logs of the last run are, one for each rank
@@ -256,6 +265,7 @@ LINE_HELP = """\
 %ddp log --save PATH
                  copy the logs into a folder, or with --rank to a file
 %ddp status      what runs now, rank by rank: from another thread or a subshell while a cell runs
+%ddp stacks      where each rank is at this moment, likewise; an interrupt and --timeout say it, too
 %ddp explain     what the last %%ddp cell takes from the notebook: types, sizes, by value or by reference
 %ddp explain A B the same for variables
 %ddp results     what the last run brought back and could not assign, since something else was missing

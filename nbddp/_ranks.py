@@ -12,7 +12,7 @@ import selectors
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -341,6 +341,18 @@ def in_short_of_other(state: RankState, first: RankState) -> str:
         return "stopped"
     text = in_short(state)
     return "the same" if first.outcome is not None and text == in_short(first) else text
+
+
+def rank_list(numbers: Sequence[int]) -> str:
+    """Return rank numbers as a person writes them: ``rank 3``, ``ranks 0, 2-5``."""
+    spans: list[list[int]] = []
+    for rank in numbers:
+        if spans and spans[-1][1] == rank - 1:
+            spans[-1][1] = rank
+        else:
+            spans.append([rank, rank])
+    listed = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+    return f"rank {listed}" if len(numbers) == 1 else f"ranks {listed}"
 
 
 def how_it_died(exitcode: int | None) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 from nbddp import _advice, _palette, _raised, _where
 from nbddp._errors import LaunchError, RankError, RunLostError, RunTimeout
 from nbddp._paths import RunDir
-from nbddp._ranks import PEER_GONE, RankState, how_it_died, in_short, in_short_of_other
+from nbddp._ranks import PEER_GONE, RankState, how_it_died, in_short, in_short_of_other, rank_list
 from nbddp._run import Ending
 from nbddp._where import Sources
 
@@ -46,9 +46,9 @@ class Circumstances:
 def error_of(ending: Ending, run: Circumstances) -> BaseException:
     """Return the exception for a run that did not end well."""
     if ending.cause in ("interrupted", "timeout"):
-        lines = _where.lines_of(ending.ranks, run.run_dir, run.sources)
+        lines = _where.lines_of(ending.ranks, run.run_dir, run.sources) or ["no rank had started yet"]
         if ending.cause == "interrupted":
-            return _interrupt(lines, ending.killed)
+            return _interrupt(lines, ending.killed and bool(ending.ranks))
         return RunTimeout(f"the run was stopped after --timeout {run.timeout:g} seconds", notes=tuple(lines))
     if ending.refusal is not None:
         return LaunchError(f"no rank could be started: {ending.refusal}")
@@ -149,7 +149,7 @@ def _story_of_exception(name: str, ending: Ending, first: RankState, run: Circum
         )
     finished = [r for r, s in sorted(ending.ranks.items()) if (s.outcome or {}).get("outcome") == "done"]
     if finished and PEER_GONE.search(outcome["message"]):
-        story.notes.append(_advice.on_early_end(_where.ranks(finished)))
+        story.notes.append(_advice.on_early_end(rank_list(finished)))
     elif advice := _advice.on_exception(outcome["exception"], outcome["message"]):
         story.notes.append(advice)
     return story

@@ -19,7 +19,7 @@ from nbddp._agent import Launch
 from nbddp._loop import Loop
 from nbddp._memory import Meter
 from nbddp._panel import Panel
-from nbddp._ranks import Ranks, RankState, in_short
+from nbddp._ranks import Ranks, RankState, in_short, rank_list
 from nbddp._relay import Relay
 from nbddp._screen import Screen
 from nbddp._stop import InterruptGate, Ladder, Step
@@ -30,6 +30,10 @@ from nbddp._uplink import STACK_SIGNAL
 # status 0.
 _AGENT_SECONDS = 3.0
 _RESTART_SECONDS = {"fork": 40.0, "spawn": 160.0}
+
+# Seconds after which a line says that ranks have not begun the cell. Joining takes the first of a hundred ranks, on two
+# cores, ten.
+_SLOW_START_SECONDS = 30.0
 
 # Seconds to wait for the launcher's word that all is gone; it needs milliseconds.
 _END_SECONDS = 15.0
@@ -101,6 +105,7 @@ class Run:
         self._loop = Loop()
         self._ranks = Ranks(server, self._loop, relay, arrived=self._arrived, began=self._began)
         self.panel = Panel(self._ranks, launch.ranks, relay.outputs, screen, meter)
+        self._slow_start_at = time.monotonic() + _SLOW_START_SECONDS
         self._announced = -1  # the attempt whose failure the user has been told of
         self._ladder: Ladder | None = None
         self._cause = "done"
@@ -155,6 +160,11 @@ class Run:
         return self._started
 
     @property
+    def states(self) -> dict[int, RankState]:
+        """What is known of the ranks that have connected, by number; a copy."""
+        return dict(sorted(self._ranks.states.items()))
+
+    @property
     def ranks(self) -> int:
         """How many ranks the run has."""
         return self._launch.ranks
@@ -186,7 +196,7 @@ class Run:
         return max(state.ended_at for state in failed) + _RESTART_SECONDS[self._launch.start_method]
 
     def _next_look(self) -> float:
-        return min(self._ranks.due, self._relay.due, self.panel.due)
+        return min(self._ranks.due, self._relay.due, self.panel.due, self._slow_start_at)
 
     def _ladder_due(self) -> float:
         return self._ladder.due if self._ladder is not None else float("inf")
@@ -196,6 +206,9 @@ class Run:
             self._relay.tick()
         self._ranks.tick()
         self.panel.tick()
+        if time.monotonic() >= self._slow_start_at:
+            self._slow_start_at = float("inf")
+            self._say_who_has_not_begun()
         if self._ladder is None and time.monotonic() >= self._deadline:
             self._stop("timeout", Ladder.of_interrupt(self._grace))
         if self._ladder is None and (failed := self._ranks.failed):
@@ -212,6 +225,19 @@ class Run:
                 self._stop("failed", Ladder.of_failure())
         while self._ladder is not None and (step := self._ladder.take()) is not None:
             self._take(step)
+
+    def _say_who_has_not_begun(self) -> None:
+        missing = [
+            rank
+            for rank in range(self._launch.ranks)
+            if (state := self._ranks.states.get(rank)) is None or not (state.in_cell or state.ended)
+        ]
+        if missing and self._ladder is None:
+            have = "has" if len(missing) == 1 else "have"
+            self._relay.say(
+                f"nbddp: {rank_list(missing)} {have} not begun the cell after {_SLOW_START_SECONDS:g} s. An interrupt "
+                "says what they are at; %ddp doctor looks for the cause"
+            )
 
     # Stopping.
 

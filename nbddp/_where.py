@@ -6,11 +6,11 @@ import contextlib
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from nbddp._paths import RunDir
-from nbddp._ranks import RankState, in_short
+from nbddp._ranks import RankState, in_short, rank_list
 from nbddp._script import Cell
 from nbddp._uplink import COLLECTIVES
 
@@ -48,17 +48,20 @@ class Sources:
 
     Attributes:
         cell: The cell that runs.
+        script: The generated script, whose frames are not the user's.
         find: Returns the text and the execution count of the cell whose code has a file name; None for files.
     """
 
     cell: Cell
+    script: str
     find: Callable[[str], tuple[str, int | None] | None] = lambda _: None
 
     def is_users(self, file: str) -> bool:
         """Tell whether code of this file is the user's, not a library's."""
         if file == self.cell.filename or self.find(file) is not None:
             return True
-        return not file.startswith(("<", *_LIBRARIES)) and "-packages/" not in file and os.path.dirname(file) != _OWN
+        library = file.startswith(("<", *_LIBRARIES)) or "-packages/" in file
+        return not (library or file == self.script or os.path.dirname(file) == _OWN)
 
     def name(self, file: str) -> str:
         """Return what a reader knows the file by."""
@@ -80,9 +83,24 @@ class Sources:
         return code if len(code) <= _CODE_WIDTH else f"{code[: _CODE_WIDTH - 1]}…"
 
 
-def lines_of(states: Mapping[int, RankState], run_dir: RunDir, sources: Sources) -> list[str]:
-    """Return a line for each group of ranks that were at the same place when their stacks were taken."""
-    return grouped({rank: _place_of(state, run_dir, sources) for rank, state in sorted(states.items())})
+def lines_of(
+    states: Mapping[int, RankState], run_dir: RunDir, sources: Sources, *, silent: Collection[int] = ()
+) -> list[str]:
+    """Return a line for each group of ranks that were at the same place when their stacks were taken.
+
+    Args:
+        states: The ranks by number.
+        run_dir: The run's files: the stacks are there.
+        sources: The code that runs.
+        silent: Ranks that have written none.
+    """
+    return grouped(
+        {
+            rank: "does not answer; it is stopped, or the machine is very busy" if rank in silent
+            else _place_of(state, run_dir, sources)
+            for rank, state in sorted(states.items())
+        }
+    )  # fmt: skip
 
 
 def grouped(texts: Mapping[int, str]) -> list[str]:
@@ -90,19 +108,7 @@ def grouped(texts: Mapping[int, str]) -> list[str]:
     by_text: dict[str, list[int]] = {}
     for rank, text in sorted(texts.items()):
         by_text.setdefault(text, []).append(rank)
-    return [f"{ranks(of)}: {text}" for text, of in by_text.items()]
-
-
-def ranks(numbers: Sequence[int]) -> str:
-    """Return rank numbers as a person writes them: ``rank 3``, ``ranks 0, 2-5``."""
-    spans: list[list[int]] = []
-    for rank in numbers:
-        if spans and spans[-1][1] == rank - 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    listed = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
-    return f"rank {listed}" if len(numbers) == 1 else f"ranks {listed}"
+    return [f"{rank_list(of)}: {text}" for text, of in by_text.items()]
 
 
 def last_words(state: RankState, run_dir: RunDir, sources: Sources) -> list[str]:
@@ -123,12 +129,14 @@ def _place_of(state: RankState, run_dir: RunDir, sources: Sources) -> str:
     if not state.in_cell:
         stage = next((_STAGES[f.function] for f in frames if f.function in _STAGES and _is_own(f.file)), "")
         return f"starting, {stage}" if stage else "starting"
-    return _place(frames, sources) if frames else in_short(state)
+    return _place(frames, sources) if frames else "did not answer"
 
 
 def _place(frames: Sequence[Frame], sources: Sources) -> str:
     """Return where a stack, innermost frame first, is: in words of the user's own code."""
     at = next((i for i, frame in enumerate(frames) if sources.is_users(frame.file)), None)
+    if at is None and any(frame.file == sources.script for frame in frames):
+        return "about to begin the cell, or at its end"
     if at is None:
         return f"in {frames[0].function} ({_short(frames[0].file)}, line {frames[0].line})"
     spot, library = frames[at], frames[:at]
