@@ -33,6 +33,10 @@ _ADVICE: tuple[tuple[str, str], ...] = (
         "has on a GPU and call torch.cuda.empty_cache(), or use a smaller batch",
     ),
     (
+        r"DefaultCPUAllocator: (can't allocate|not enough) memory|Cannot allocate memory|^MemoryError",
+        "Less data per rank, a smaller batch or fewer ranks would need less memory",
+    ),
+    (
         r"An attempt has been made to start a new process before",
         "A module that starts processes is imported anew in each of them: what it runs belongs under "
         "if __name__ == '__main__'. The cell itself needs no such line",

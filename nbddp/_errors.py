@@ -99,7 +99,8 @@ class RankError(NbddpError):
     """A rank raised an exception, exited with a status other than 0, or was killed.
 
     What a rank raised is raised here as what it was: the error is of that type, with its message and attributes, and a
-    `RankError` besides. (Exceptions that cannot be sent, and syntax errors, are plain ones.)
+    `RankError` besides. Where that cannot be, it is a plain `RankError`: for exceptions that cannot be sent, and for
+    those that IPython would show in a way of its own (syntax errors, exception groups), which are in `original`.
 
     Attributes:
         rank: The rank that failed first.
@@ -107,13 +108,13 @@ class RankError(NbddpError):
         exitcode: Its exit status; negative for the number of the signal that killed it; None if it raised.
         others: What became of the other ranks, in a few words each.
         tracebacks: The traceback of each rank that raised, as text.
+        original: The exception as such, if there was one that could be sent.
     """
+
+    original: Exception | None = None
 
     # The line that follows the rank's traceback, if it is not this error's own name and message.
     _headline: str | None = None
-
-    # Of an error that is what a rank has raised: its message there, and what it was made of.
-    _made_of: tuple[str, tuple[Any, ...]] = ("", ())
 
     def __init__(
         self,

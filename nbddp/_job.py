@@ -17,7 +17,7 @@ import resource
 import secrets
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,7 @@ from nbddp._memory import Meter
 from nbddp._options import Options
 from nbddp._paths import RunDir, cannot_write, format_size
 from nbddp._relay import Relay, View
-from nbddp._report import Circumstances, error_of
+from nbddp._report import Circumstances, error_of, interrupted
 from nbddp._results import Wanted
 from nbddp._run import Ending, Run
 from nbddp._screen import Screen
@@ -193,8 +193,8 @@ class _Attempt:
         # First, so that it imports while this process pickles.
         if changed := self.client.start(env):
             self.say(f"nbddp: {', '.join(changed)} changed, which torch reads when it loads; loading it anew")
-        with gate.open():
-            names = {**job.names, **_plots.settings()}
+        names = {**job.names, **_plots.settings()}
+        with self._interruptible(f"what {job.place} uses was pickled; nothing was launched"):
             closure = _closure.capture(names, job.namespace, job.lines, job.place)
         times["captured"] = time.monotonic()
         devices = _devices.choose(job.options, env, lambda: _count_gpus(self.client, env, gate))
@@ -216,12 +216,12 @@ class _Attempt:
             self.say(f"nbddp: kept as {path}: torchrun --nproc-per-node {devices.ranks} {path}")
         run_dir = self.client.session.new_run()
         try:
-            with gate.open():
+            with self._interruptible("the script was written; nothing was launched"):
                 _write(script, run_dir)
             # It lies in the run directory now; copies that it may hold are not to wait for the end of the run.
             closure.release()
             ending = self._run(devices, run_dir, closure.met)
-            with gate.open():
+            with self._interruptible("the results were loaded; nothing was assigned"):
                 reports = {rank: state.outcome or {} for rank, state in ending.ranks.items()}
                 results = _results.read(job.wanted, reports, closure.met)
             for wrapper in dict.fromkeys((ending.ranks[0].outcome or {}).get("unwrapped", ())):
@@ -230,6 +230,19 @@ class _Attempt:
             return Finished(results, ending.value, times)
         finally:
             run_dir.remove()
+
+    @contextlib.contextmanager
+    def _interruptible(self, what: str) -> Iterator[None]:
+        """Let an interrupt tear the code inside; say then what that was."""
+        torn = False
+        try:
+            with self.gate.open():
+                yield
+        except KeyboardInterrupt:
+            torn = True
+        if torn:
+            # Not where the first is handled: it would go along, with all that its frames hold.
+            raise interrupted((), f"interrupted while {what}")
 
     def say(self, line: str) -> None:
         """Show a line of nbddp's own."""

@@ -6,17 +6,20 @@ is ``except RankError``: it gets a class of its own that is both, as Ray does fo
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from nbddp import _results
 from nbddp._errors import RankError
 from nbddp._paths import RunDir
 from nbddp._pickling import Pickler
 
+_Error = TypeVar("_Error", bound=Exception)
+
 # IPython shows these in ways of its own, and would not show what happened in the rank.
-_SHOWN_OTHERWISE = ("SyntaxError", "UsageError")
+_SHOWN_OTHERWISE = ("SyntaxError", "UsageError", "BaseExceptionGroup")
 
 
 def write(error: BaseException, text: str, pickler: Callable[[], Pickler], rank: int, run_dir: RunDir) -> str | None:
@@ -62,11 +65,17 @@ def as_itself(error: RankError, path: str, where: str, sent: Sequence[Any]) -> R
     """
     parts = _results.load_parts(path, ("kind", "text", "args", "values", "state"), None, sent)[0]
     kind = parts.get("kind")
-    if not (isinstance(kind, type) and issubclass(kind, Exception)) or _is_shown_otherwise(kind):
+    if not (isinstance(kind, type) and issubclass(kind, Exception)):
         return error
     args = parts.get("args", (parts["text"],))
+    content = parts["text"], parts.get("values", args), args, parts.get("state", {})
+    with contextlib.suppress(Exception):
+        error.original = _make(kind, *content)
+    if _is_shown_otherwise(kind):
+        return error
     with contextlib.suppress(Exception):  # a class that must not have subclasses, or is made in a way of its own
-        made = _make(kind, parts["text"], parts.get("values", args), args, parts.get("state", {}))
+        made = _make(class_of(kind), *content)
+        vars(made).update(_kind=kind, _made_of=content[:2])
         own_notes = list(getattr(made, "__notes__", ()))
         vars(made).update(vars(error), _headline=where)
         # Outside IPython, the interpreter prints them below the traceback.
@@ -82,29 +91,31 @@ def _is_shown_otherwise(kind: type) -> bool:
 def class_of(kind: type[Exception]) -> type[RankError]:
     """Return a class with the name of `kind` that is a subclass of `RankError` and of `kind`."""
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    both: type[RankError] = type(kind.__name__, (RankError, kind), {**names, "__reduce__": _reduce, "_kind": kind})
+    both: type[RankError] = type(kind.__name__, (RankError, kind), {**names, "__reduce__": _reduce})
     return both
 
 
 def _make(
-    kind: type[Exception], text: str, values: tuple[Any, ...], args: tuple[Any, ...], state: Mapping[str, Any]
-) -> RankError:
-    """Make the object without a call of its type's ``__init__``, whose arguments nobody knows any more."""
-    both = class_of(kind)
-    made = both.__new__(both, *values)
+    kind: type[_Error], text: str, values: tuple[Any, ...], args: tuple[Any, ...], state: Mapping[str, Any]
+) -> _Error:
+    """Make an exception without a call of its type's ``__init__``, whose arguments nobody knows any more."""
+    made = kind.__new__(kind, *values)
     # What an OSError or a UnicodeDecodeError knows is not in its dictionary.
-    built_in = next(base for base in kind.__mro__ if base.__module__ == "builtins")
-    built_in.__init__(made, *values)  # type: ignore[misc]
+    built_in = next(base for base in kind.__mro__ if vars(builtins).get(base.__name__) is base)
+    built_in.__init__(made, *values)
     made.args = args
     BaseException.__setstate__(made, dict(state))
-    made._made_of = text, values
     try:
         str(made)
     except Exception:  # front ends ask for it without a thought
-        both.__str__ = lambda self: self._made_of[0]  # type: ignore[attr-defined, method-assign]
+        if issubclass(kind, RankError):
+            kind.__str__ = lambda _: text  # type: ignore[method-assign]
     return made
 
 
+def _remake(kind: type[Exception], *content: Any) -> RankError:
+    return _make(class_of(kind), *content)
+
+
 def _reduce(self: Any) -> tuple[Any, ...]:
-    text, values = self._made_of
-    return _make, (self._kind, text, values, self.args, vars(self))
+    return _remake, (self._kind, *self._made_of, self.args, vars(self))

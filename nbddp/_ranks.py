@@ -41,8 +41,7 @@ class RankState:
         rank: Its number.
         pid: Its process.
         in_cell: Whether it has begun to run the cell.
-        failing: Since when it is known to have raised (``time.monotonic`` of the rank, which is this machine's).
-        raised: The name of the type of what it raised, if that is known.
+        failing: That it has raised: what, and when. Comes before the report, which has the traceback.
         outcome: Its report, once there is one; see `nbddp._rank._outcome`.
         ended: Whether it has said that nothing more comes, or is gone.
         ended_at: When that was.
@@ -60,8 +59,7 @@ class RankState:
     output: int
     pidfd: int | None
     in_cell: bool = False
-    failing: float | None = None
-    raised: str = ""
+    failing: dict[str, Any] | None = None
     outcome: dict[str, Any] | None = None
     ended: bool = False
     ended_at: float = 0.0
@@ -73,10 +71,15 @@ class RankState:
     asked: bool = False
 
     @property
+    def message(self) -> str:
+        """The message of what it raised."""
+        return str((self.outcome or self.failing or {}).get("message", ""))
+
+    @property
     def failed_at(self) -> float | None:
         """When it failed, or None if it has not."""
         if self.failing is not None:
-            return self.failing
+            return float(self.failing["time"])
         if self.outcome is not None:
             return None if self.outcome["outcome"] == "done" else float(self.outcome["time"])
         return self.died if not self.stopped else None
@@ -128,9 +131,13 @@ class Ranks:
 
     @property
     def failed(self) -> list[RankState]:
-        """The ranks that failed, the first to fail first."""
-        failed = [(at, state.rank) for state in self.states.values() if (at := state.failed_at) is not None]
-        return [self.states[rank] for _, rank in sorted(failed)]
+        """The ranks that failed: the first to fail first, those last that only noticed that another was gone."""
+        failed = [
+            (PEER_GONE.search(state.message) is not None, at, state.rank)
+            for state in self.states.values()
+            if (at := state.failed_at) is not None
+        ]
+        return [self.states[rank] for _, _, rank in sorted(failed)]
 
     def close(self) -> None:
         """Close the connections."""
@@ -232,7 +239,7 @@ class Ranks:
                 case "at":
                     state.where, state.asked = message, False
                 case "failing":
-                    state.failing, state.raised = message["time"], message["exception"]
+                    state.failing = message
                 case "report":
                     state.outcome = message
                     for stage, at in message["times"].items():
@@ -318,9 +325,9 @@ def _close(state: RankState) -> None:
 def in_short(state: RankState) -> str:
     """Return in a few words how a rank ended."""
     outcome = state.outcome
-    if outcome is None and state.failing is not None:
-        return state.raised
     if outcome is None:
+        outcome = state.failing and {**state.failing, "outcome": "raised"}
+    if not outcome:
         return "stopped" if state.stopped else how_it_died(state.exitcode)
     match outcome["outcome"]:
         case "done":
@@ -336,7 +343,7 @@ def in_short(state: RankState) -> str:
 
 def in_short_of_other(state: RankState, first: RankState) -> str:
     """Return in a few words how a rank ended that was not the first to fail."""
-    if (state.outcome is None and state.failing is None) or PEER_GONE.search((state.outcome or {}).get("message", "")):
+    if (state.outcome is None and state.failing is None) or PEER_GONE.search(state.message):
         # By nbddp, by torchrun, or by the loss of the one that failed.
         return "stopped"
     text = in_short(state)

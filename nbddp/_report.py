@@ -48,7 +48,9 @@ def error_of(ending: Ending, run: Circumstances) -> BaseException:
     if ending.cause in ("interrupted", "timeout"):
         lines = _where.lines_of(ending.ranks, run.run_dir, run.sources) or ["no rank had started yet"]
         if ending.cause == "interrupted":
-            return _interrupt(lines, ending.killed and bool(ending.ranks))
+            if ending.killed and ending.ranks:
+                lines.append("nbddp: not every rank ended by itself; those that did not were killed")
+            return interrupted(lines)
         return RunTimeout(f"the run was stopped after --timeout {run.timeout:g} seconds", notes=tuple(lines))
     if ending.refusal is not None:
         return LaunchError(f"no rank could be started: {ending.refusal}")
@@ -56,18 +58,17 @@ def error_of(ending: Ending, run: Circumstances) -> BaseException:
         return RunLostError("nbddp's launcher ended, and the run with it", notes=(run.launcher,))
     if ending.cause == "no ranks" or ending.first is None:
         return LaunchError("torchrun could not start the ranks", notes=_last_words(run.run_dir))
-    if ending.agent_status is not None and ending.agent_status < 0 and ending.first.outcome is None:
+    said_nothing = ending.first.outcome is None and ending.first.failing is None
+    if ending.agent_status is not None and ending.agent_status < 0 and said_nothing:
         return RunLostError(f"torchrun's agent {how_it_died(ending.agent_status)}, and the ranks with it")
     return _rank_error(ending, ending.first, run)
 
 
-def _interrupt(where: Sequence[str], killed: bool) -> KeyboardInterrupt:
-    lines = list(where)
-    if killed:
-        lines.append("nbddp: not every rank ended by itself; those that did not were killed")
-    error = KeyboardInterrupt("\n".join(lines))
+def interrupted(lines: Sequence[str], summary: str = "the run was interrupted") -> KeyboardInterrupt:
+    """Return what an interrupt raises: it shows these lines and this summary, and none of nbddp's own frames."""
+    error = KeyboardInterrupt("\n".join(lines) or summary)
     # IPython asks the exception itself for its traceback; a subclass would change its name.
-    error._render_traceback_ = lambda: [*lines, "KeyboardInterrupt: the run was interrupted"]  # type: ignore[attr-defined]
+    error._render_traceback_ = lambda: [*lines, f"KeyboardInterrupt: {summary}"]  # type: ignore[attr-defined]
     return error
 
 
@@ -98,7 +99,7 @@ def _rank_error(ending: Ending, first: RankState, run: Circumstances) -> RankErr
     error = RankError(
         story.message,
         rank=first.rank,
-        exception=outcome.get("exception"),
+        exception=(first.outcome or first.failing or {}).get("exception"),
         exitcode=story.exitcode,
         others=others,
         tracebacks={
@@ -125,6 +126,8 @@ def _story(ending: Ending, first: RankState, run: Circumstances) -> _Story:
         case "interrupted":
             details = (f"[rank {first.rank}]", *outcome["lines"])
             return _Story(f"{name} was interrupted, but not by this notebook", details=details)
+    if first.failing is not None:
+        return _Story(f"{name} raised {in_short(first)}", notes=["It was ended before it could send its traceback"])
     story = _Story(f"{name} {how_it_died(first.exitcode)}", exitcode=first.exitcode)
     story.notes += _where.last_words(first, run.run_dir, run.sources)
     if first.exitcode == -9 and run.oom_kills:

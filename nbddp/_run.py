@@ -137,6 +137,9 @@ class Run:
             self._all_reported = True
             if self._cause == "done" and self._ranks.failed:
                 self._cause = "failed"
+            elif self._cause == "interrupted" and self._all_done():
+                # The cell has caught the KeyboardInterrupt on every rank and gone on to its end, as any cell may.
+                self._cause = "done"
             self._name_deaths()
             self._ranks.times["all reported"] = time.monotonic()
             self._let_go()
@@ -176,6 +179,10 @@ class Run:
             return True
         complete = len(self._ranks.states) == self._launch.ranks and all(s.ended for s in self._ranks.states.values())
         return complete and not self._may_restart()
+
+    def _all_done(self) -> bool:
+        outcomes = [state.outcome for state in self._ranks.states.values()]
+        return len(outcomes) == self._launch.ranks and all(o is not None and o["outcome"] == "done" for o in outcomes)
 
     def _may_restart(self) -> bool:
         """Tell whether torchrun is about to start the ranks again."""

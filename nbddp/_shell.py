@@ -25,6 +25,7 @@ from types import MappingProxyType, TracebackType
 from typing import Any
 
 import torch
+from IPython.core import interactiveshell
 from IPython.core.compilerop import CachingCompiler
 from IPython.core.displayhook import DisplayHook
 from IPython.core.displaypub import DisplayPublisher
@@ -41,6 +42,10 @@ Publish = Callable[[dict[str, Any], dict[str, Any], dict[str, Any], bool, bool],
 
 # Folders of code whose frames tell the reader of a traceback nothing.
 _FOLDED = tuple(os.path.join(os.path.dirname(m.__file__ or ""), "") for m in (torch, sys.modules["nbddp"]))
+
+
+# Of a long traceback, how many frames are shown at its beginning, and at its end.
+_ENDS_SHOWN = 20
 
 
 def _print_plain(
@@ -153,8 +158,10 @@ class RankShell(InteractiveShell):
             tb, tb_offset = tb.tb_next, 0
         if not isinstance(value, SystemExit | KeyboardInterrupt):
             self.failing(value)
-            _fold(value)
+            left_out = _fold(value)
             self.traceback = self._rendered(kind, value, tb, tb_offset)
+            if left_out:
+                self.traceback += (f"({left_out} frames in between are not shown)",)
 
     def showsyntaxerror(self, *_: Any, **__: Any) -> None:
         """Keep the traceback of a syntax error, such as of an imported module."""
@@ -186,6 +193,8 @@ class RankShell(InteractiveShell):
                 return tuple(self.InteractiveTB.structured_traceback(kind, value, tb, tb_offset=tb_offset))
         except Exception:  # a __str__ that raises, source that is gone
             pass
+        if tb is not None and tb.tb_frame.f_code.co_filename == interactiveshell.__file__:
+            tb = tb.tb_next
         return tuple(line.rstrip("\n") for line in traceback.format_exception(kind, value, tb))
 
     def _hold_interrupts(self) -> None:
@@ -255,8 +264,13 @@ class RankShell(InteractiveShell):
         return error
 
 
-def _fold(error: BaseException) -> None:
-    """Have IPython count the frames inside torch and nbddp instead of showing them; the last one it shows."""
+def _fold(error: BaseException) -> int:
+    """Shorten a traceback, and those of the exceptions behind it; return how many frames are left out.
+
+    The frames inside torch and nbddp, but for the last one, are counted by IPython instead of shown. And of hundreds of
+    frames, for which IPython would need seconds, the first and the last are enough.
+    """
+    left_out = 0
     seen: set[int] = set()
     pending: list[BaseException | None] = [error]
     while pending:
@@ -265,12 +279,23 @@ def _fold(error: BaseException) -> None:
             continue
         seen.add(id(one))
         pending += [one.__cause__, one.__context__]
-        tb = one.__traceback__
-        while tb is not None and tb.tb_next is not None:
+        links = _links(one.__traceback__)
+        for tb in links[:-1]:
             if tb.tb_frame.f_code.co_filename.startswith(_FOLDED):
                 # The name by which test frameworks mark such frames; IPython knows it, too.
                 tb.tb_frame.f_locals["__tracebackhide__"] = True
-            tb = tb.tb_next
+        if len(links) > 2 * _ENDS_SHOWN:
+            links[_ENDS_SHOWN - 1].tb_next = links[-_ENDS_SHOWN]
+            left_out += len(links) - 2 * _ENDS_SHOWN
+    return left_out
+
+
+def _links(tb: TracebackType | None) -> list[TracebackType]:
+    links = []
+    while tb is not None:
+        links.append(tb)
+        tb = tb.tb_next
+    return links
 
 
 def _ends_with_semicolon(source: str) -> bool:

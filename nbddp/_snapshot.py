@@ -144,9 +144,16 @@ def _write(fd: int, data: bytes | memoryview) -> None:
         view = view[os.write(fd, view[:_WRITE_AT_ONCE]) :]
 
 
+# Bytes up to which a file is read instead of mapped.
+_READ_UP_TO = 1 << 20
+
+
 def map_file(path: str) -> memoryview:
-    """Map the file of a snapshot privately. It may be deleted afterwards."""
+    """Map the file of a snapshot privately; a small one is read. It may be deleted afterwards."""
     with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size <= _READ_UP_TO:
+            # A map keeps a file open for as long as anything of it lives.
+            return memoryview(bytearray(file.read()))
         # NORESERVE: eight ranks that map the same 100 GB will not write to all of it.
         flags = mmap.MAP_PRIVATE | (0x4000 if sys.platform == "linux" else 0)
         return memoryview(mmap.mmap(file.fileno(), 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE))

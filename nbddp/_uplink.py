@@ -143,7 +143,11 @@ class Uplink:
 
     def failing(self, error: BaseException) -> None:
         """Tell at once that the cell has raised: what there is to say of it, its traceback, takes its time."""
-        self._send("failing", time=time.monotonic(), exception=type(error).__name__)
+        try:
+            text = str(error)
+        except Exception:
+            text = ""
+        self._send("failing", time=time.monotonic(), exception=type(error).__name__, message=text[:1000])
 
     def report(self, **outcome: Any) -> None:
         """Tell how the cell ended."""

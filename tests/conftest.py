@@ -128,6 +128,12 @@ def small_disk(tmp_path: Path) -> Path:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
+@pytest.fixture
+def left_behind(private_folders: Path, _kernels: list[Kernel]) -> Callable[[], list[str]]:
+    """Return what there is at the moment that should not be there."""
+    return lambda: leftovers(private_folders, _kernels)
+
+
 @pytest.fixture(autouse=True)
 def nothing_left(request: pytest.FixtureRequest, private_folders: Path, _kernels: list[Kernel]) -> Iterator[None]:
     """After every test: no process, file, socket or changed environment but those of kernels that are still open."""

@@ -38,8 +38,6 @@ def raised(kernel: Kernel, cell: str, look: str, *, ranks: int = 1) -> object:
         ("import json\njson.loads('{')", "__import__('json').JSONDecodeError", "e.pos, e.doc", (1, "{")),
         ("e = ValueError('x')\ne.add_note('a note')\ne.more = [1]\nraise e", "ValueError",
          "e.more, e.__notes__[0]", ([1], "a note")),
-        ("raise ExceptionGroup('two', [ValueError(1), TypeError(2)])", "ExceptionGroup",
-         "[type(x).__name__ for x in e.exceptions], e.message", (["ValueError", "TypeError"], "two")),
         ("raise TimeoutError", "TimeoutError", "str(e)", ""),
     ],
 )  # fmt: skip
@@ -113,6 +111,15 @@ def test_every_ranks_traceback_can_be_had(kernel: Kernel) -> None:
         assert "raise ValueError(f'mine {rank}')" in text
     other = kernel.get("1 - e.rank")
     assert kernel.get("e.others") == {other: f"ValueError: mine {other}"}
+
+
+def test_a_very_long_traceback_is_cut(kernel: Kernel) -> None:
+    kernel.ok("def deep(n):\n    if n == 0:\n        raise ValueError('bottom')\n    deep(n - 1)")
+    reply = kernel.run("%%ddp --cpus 1\ndeep(700)")
+    assert reply.traceback.count("deep(n - 1)") < 150
+    assert "raise ValueError('bottom')" in reply.traceback
+    assert "(663 frames in between are not shown)" in reply.traceback
+    assert reply.seconds < 10
 
 
 def test_frames_of_torch_are_folded(kernel: Kernel) -> None:
