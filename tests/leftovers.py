@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -40,7 +39,7 @@ def leftovers(temp: Path, kernels: Iterable[Kernel]) -> list[str]:
                 if path.name.startswith(live_sessions):
                     left += [f"{p}" for p in path.iterdir() if p.name.startswith("run-")]
                 elif path.name.startswith(_LITTER) and (
-                    folder == temp or (path.owner() == _me() and not _others(path))
+                    folder == temp or (path.stat().st_uid == os.getuid() and not _others(path))
                 ):
                     left.append(str(path))
     return left
@@ -63,7 +62,3 @@ def _others(path: Path) -> bool:
         process = psutil.Process(int(path.name.split("-")[1]))
         return os.getpid() not in [parent.pid for parent in process.parents()]
     return False
-
-
-def _me() -> str:
-    return Path("/proc/self").owner() if sys.platform == "linux" else ""
