@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -119,6 +120,7 @@ class Client:
             for attempt in (1, 2):
                 self.start(env)
                 assert self._control is not None
+                self.wake()
                 ours, theirs = socket.socketpair()
                 with theirs:
                     try:
@@ -131,6 +133,12 @@ class Client:
                         if attempt == 2:
                             raise self.launcher_died() from error
         raise AssertionError("unreachable")
+
+    def wake(self) -> None:
+        """Let the launcher go on, if somebody has stopped it: a run would wait for it, and so would its end."""
+        with self._lock:
+            if self._process is not None:
+                self._process.send_signal(signal.SIGCONT)
 
     def launcher_died(self) -> LaunchError:
         """Return the error for a launcher that ended by itself."""
@@ -152,6 +160,7 @@ class Client:
         _process.kill_all(_process.marked(_settings.SESSION, self.session.name))
 
     def _stop_launcher(self) -> None:
+        self.wake()
         process, self._process = self._process, None
         control, self._control = self._control, None
         if control is not None:

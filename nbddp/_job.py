@@ -243,6 +243,7 @@ class _Attempt:
                 timeout=self.job.options.timeout,
                 grace=self.job.grace,
                 wait_until_gone=devices.gpus,
+                wake=self.client.wake,
             )
             running.append(run.panel)
             stack.callback(running.remove, run.panel)

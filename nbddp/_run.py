@@ -11,6 +11,7 @@ import contextlib
 import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +76,7 @@ class Run:
         grace: Seconds that ranks have to end after an interrupt.
         wait_until_gone: Whether to return only when every process is gone: what holds a GPU's memory must be, before
             the next cell asks for it.
+        wake: Called when the launcher is needed; somebody may have stopped it.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Run:
         timeout: float | None,
         grace: float,
         wait_until_gone: bool,
+        wake: Callable[[], None],
     ) -> None:
         self._launch = launch
         self._channel = channel
@@ -98,6 +101,7 @@ class Run:
         self._deadline = float("inf") if timeout is None else time.monotonic() + timeout
         self._grace = grace
         self._wait_until_gone = wait_until_gone
+        self._wake = wake
         self._loop = Loop()
         self._ranks = Ranks(server, self._loop, relay, arrived=self._arrived, began=self._began)
         self.panel = Panel(self._ranks, launch.ranks, relay.outputs, screen, meter)
@@ -312,6 +316,7 @@ class Run:
             return
         done = self._cause == "done"
         if done:
+            self._wake()
             with contextlib.suppress(OSError):
                 self._send("finish")
         else:
@@ -325,6 +330,7 @@ class Run:
             self._ranks.tick()
 
     def _send_kill(self) -> None:
+        self._wake()
         with contextlib.suppress(OSError):
             self._send("kill")
 
