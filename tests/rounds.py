@@ -73,9 +73,8 @@ _BY_ITSELF = 6.0
 _BEYOND_GRACE = 1.0
 # Seconds from the prompt, or the kernel's death, until nothing is left.
 _GONE = 2.0
-# The same if the cell was through when a process of it was stopped: all others have ended, and this one has the time
-# that NCCL may take; see nbddp._launcher.
-_GONE_IF_STOPPED_AT_THE_END = 12.0
+# The same if a process was stopped that was through: the time that NCCL may take; see nbddp._launcher.
+_GONE_IF_STOPPED = 12.0
 # Seconds to wait, once a round has failed, to learn how long it would have taken.
 _AT_MOST = 30.0
 # On a machine that does other things as well.
@@ -95,7 +94,7 @@ class Plan:
         delay: Seconds from the beginning of the stage to the signal.
         which: Which of several such processes, from 0 to 1.
         presses: How many interrupts the user sends to a run that does not end by itself.
-        goes_on: Whether a kernel that was stopped is continued, and not killed.
+        goes_on: Whether a process that was stopped is continued: a kernel at once, which is killed otherwise.
     """
 
     number: int
@@ -251,7 +250,7 @@ class _Round:
         self._result = Result(plan)
 
     def play(self) -> Result:
-        result = self._result
+        plan, result = self._plan, self._result
         request = self._begin()
         victim = self._victim(request)
         if victim is None:
@@ -260,12 +259,18 @@ class _Round:
             result.how.append(f"pid {victim.pid}")
             self._strike(victim)
         self._wait_for_the_end(request)
-        if not result.problems:
-            self._look_for_leftovers(request)
-        if not result.problems and self._kernel.alive():
-            again = self._kernel.ask("%%ddp --cpus 2\nprint('again')")
-            if not again.wait(_AT_MOST, lambda: not self._kernel.alive()) or again.reply.status != "ok":
-                result.problems.append(f"the next cell: {_shown(again)}")
+        steps = [self._look_for_leftovers, self._run_another]
+        if plan.signum == signal.SIGSTOP and request.reply.status == "ok":
+            # Nobody has missed it so far. The launcher must go on when it is needed; what else was stopped may have
+            # the time that NCCL has, unless whoever stopped it lets it go on.
+            if plan.victim == "launcher":
+                steps.reverse()
+            elif plan.goes_on and victim is not None:
+                with contextlib.suppress(psutil.Error):
+                    victim.send_signal(signal.SIGCONT)
+        for step in steps:
+            if not result.problems:
+                step()
         return result
 
     def _begin(self) -> Request:
@@ -352,14 +357,30 @@ class _Round:
 
     # (b) Nothing is left.
 
-    def _look_for_leftovers(self, request: Request) -> None:
+    def _look_for_leftovers(self) -> None:
         began = time.monotonic()
-        stopped_at_the_end = self._plan.signum == signal.SIGSTOP and request.reply.status == "ok"
-        limit = (_GONE_IF_STOPPED_AT_THE_END if stopped_at_the_end else _GONE) + _SLACK
-        while (left := leftovers(self._temp, [self._kernel])) and time.monotonic() < began + limit:
+        plan = self._plan
+        was_stopped = plan.signum == signal.SIGSTOP and plan.victim not in ("kernel", "launcher") and not plan.goes_on
+        limit = (_GONE_IF_STOPPED if was_stopped else _GONE) + _SLACK
+        while (left := self._left()) and time.monotonic() < began + limit:
             time.sleep(0.02)
         self._result.how.append(f"all gone after {time.monotonic() - began:.2f} s")
         self._result.problems += [f"left after {limit:.1f} s: {line}" for line in left]
+
+    def _left(self) -> list[str]:
+        own = f"{os.sep}nbddp-{self._kernel.pid}-"
+        # In /dev/shm there are other people's things.
+        return [ln for ln in leftovers(self._temp, [self._kernel]) if not ln.startswith("/dev/shm") or own in ln]
+
+    # (c) The next cell simply works.
+
+    def _run_another(self) -> None:
+        if self._kernel.alive():
+            request = self._kernel.ask("%%ddp --cpus 2\nprint('again')")
+            if not self._over(request, _AT_MOST) or request.reply.status != "ok":
+                self._result.problems.append(f"the next cell: {_shown(request)}")
+            # What is left of it must not be taken for the next round's.
+            wait_for(lambda: not self._left(), _GONE_IF_STOPPED)
 
 
 def _shown(request: Request) -> str:
