@@ -27,7 +27,7 @@ GRACE = 1
 
 # Every rank has worker processes and a child in a session of its own; they say so when they have reached the stage
 # that the round is about.
-CELL = """%%ddp --cpus {ranks} --out big
+_CELL = """%%ddp --cpus {ranks} --out big
 import atexit, json, os, signal, subprocess, time
 import torch, torch.distributed as dist
 {before}
@@ -44,9 +44,8 @@ def reached(seconds=0):
 {stage}
 """
 
-# A notebook's own code, at the end of the cell.
 _RUN_ON = "reached()\nfor batch in batches:\n    time.sleep(0.001)"
-BODIES = {
+_BODIES = {
     "importing": _RUN_ON,
     "launching": _RUN_ON,
     "running": _RUN_ON,
@@ -111,7 +110,7 @@ class Plan:
     def draw(cls, seed: int, number: int) -> Plan:
         """Draw a round."""
         chance = random.Random(f"{seed} {number}")
-        stage = chance.choice(list(BODIES))
+        stage = chance.choice(list(_BODIES))
         return cls(
             number,
             stage,
@@ -215,6 +214,19 @@ def new_kernel() -> Kernel:
     return kernel
 
 
+def cell(stage: str, ranks: int, folder: Path, before: str = "") -> str:
+    """Return a cell that goes through `stage`; its ranks leave word in `folder` when they are there."""
+    folder.mkdir(exist_ok=True)
+    for path in folder.iterdir():
+        path.unlink()
+    return _CELL.format(ranks=ranks, folder=str(folder), before=before, stage=_BODIES[stage])
+
+
+def wait_until_reached(folder: Path, ranks: int) -> bool:
+    """Wait until every rank has left word; tell whether they did."""
+    return bool(wait_for(lambda: len(list(folder.glob("reached.*"))) == ranks, _AT_MOST))
+
+
 def launcher_of(kernel: Kernel) -> psutil.Process | None:
     """Return the kernel's launcher."""
     for process in psutil.Process(kernel.pid).children():
@@ -275,20 +287,13 @@ class _Round:
 
     def _begin(self) -> Request:
         plan = self._plan
-        self._folder.mkdir(exist_ok=True)
-        for path in self._folder.iterdir():
-            path.unlink()
-        code = CELL.format(ranks=plan.ranks, folder=str(self._folder), before="", stage=BODIES[plan.stage])
+        code = cell(plan.stage, plan.ranks, self._folder)
         if plan.stage == "importing":
             self._kernel.ok("%reload_ext nbddp")
         request = self._kernel.ask(code)
-        if plan.stage not in ("importing", "launching"):
-
-            def all_there() -> bool:
-                return len(list(self._folder.glob("reached.*"))) == plan.ranks
-
-            if not wait_for(all_there, _AT_MOST):
-                self._result.problems.append("the ranks never got there")
+        started = plan.stage in ("importing", "launching")
+        if not started and not wait_until_reached(self._folder, plan.ranks):
+            self._result.problems.append("the ranks never got there")
         time.sleep(plan.delay)
         return request
 
