@@ -159,14 +159,16 @@ class Client:
         """Kill what still runs of this session after its launcher was killed."""
         _process.kill_all(_process.marked(_settings.SESSION, self.session.name))
 
-    def _stop_launcher(self) -> None:
+    def _stop_launcher(self, *, session_ends: bool = False) -> None:
         self.wake()
         process, self._process = self._process, None
         control, self._control = self._control, None
         if control is not None:
-            # With this word it leaves the session's directory alone, which outlives it.
-            with contextlib.suppress(OSError):
-                control.send(GOODBYE)
+            # With this word it leaves the session's directory alone, which outlives it. Without, both delete it: this
+            # process may be killed while it waits.
+            if not session_ends:
+                with contextlib.suppress(OSError):
+                    control.send(GOODBYE)
             control.close()
         if process is not None:
             died = process.poll() is not None
@@ -186,7 +188,7 @@ class Client:
             # A forked child of the kernel runs this at its exit, too.
             self._disown_parents()
             if self._session is not None:
-                self._stop_launcher()
+                self._stop_launcher(session_ends=True)
                 self._session.close()
                 self._session = None
             atexit.unregister(self.close)
