@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -120,6 +121,7 @@ class Client:
             for attempt in (1, 2):
                 self.start(env)
                 assert self._control is not None
+                self.wake()
                 ours, theirs = socket.socketpair()
                 with theirs:
                     try:
@@ -132,6 +134,12 @@ class Client:
                         if attempt == 2:
                             raise self.launcher_died() from error
         raise AssertionError("unreachable")
+
+    def wake(self) -> None:
+        """Let the launcher go on, if somebody has stopped it: a run would wait for it, and so would its end."""
+        with self._lock:
+            if self._process is not None:
+                self._process.send_signal(signal.SIGCONT)
 
     def launcher_died(self) -> LaunchError:
         """Return the error for a launcher that ended by itself."""
@@ -152,13 +160,16 @@ class Client:
         """Kill what still runs of this session after its launcher was killed."""
         _process.kill_all(_process.marked(_settings.SESSION, self.session.name))
 
-    def _stop_launcher(self) -> None:
+    def _stop_launcher(self, *, session_ends: bool = False) -> None:
+        self.wake()
         process, self._process = self._process, None
         control, self._control = self._control, None
         if control is not None:
-            # With this word it leaves the session's directory alone, which outlives it.
-            with contextlib.suppress(OSError):
-                control.send(GOODBYE)
+            # With this word it leaves the session's directory alone, which outlives it. Without, both delete it: this
+            # process may be killed while it waits.
+            if not session_ends:
+                with contextlib.suppress(OSError):
+                    control.send(GOODBYE)
             control.close()
         if process is not None:
             died = process.poll() is not None
@@ -178,7 +189,7 @@ class Client:
             # A forked child of the kernel runs this at its exit, too.
             self._disown_parents()
             if self._session is not None:
-                self._stop_launcher()
+                self._stop_launcher(session_ends=True)
                 self._session.close()
                 self._session = None
             atexit.unregister(self.close)

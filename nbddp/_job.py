@@ -284,6 +284,7 @@ class _Attempt:
                 timeout=self.job.options.timeout,
                 grace=self.job.grace,
                 wait_until_gone=devices.gpus,
+                wake=self.client.wake,
             )
             under_way = UnderWay(run, run_dir, self._sources(run_dir))
             running.append(under_way)

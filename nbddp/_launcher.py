@@ -9,7 +9,7 @@ its answers:
 
 ====================  ===========================================================================================
 count gpus            answered by ``gpus``; the channel closes
-launch                answered by ``started``, and when the run and all it left are gone, ``ended``
+launch                ``started`` with the agent's pid; and when the run and all it left are gone, ``ended``
 finish                the run's ranks have reported; what is not gone by itself in a while is killed
 kill                  everything of the run is killed now
 (channel closed)      the same, unless it is to finish: a run lives no longer than the interest in it
@@ -250,7 +250,7 @@ class Launcher:
             self._forget_all()
             _agent.run_forked(launch, launcher)
         run = self._runs[pid] = _Run(pid, launch.run_dir, inbox)
-        self._answer(inbox, "started")
+        self._answer(inbox, "started", pid=pid)
         self._selector.modify(inbox.sock, selectors.EVENT_READ, partial(self._command, run))
 
     def _forget_all(self) -> None:

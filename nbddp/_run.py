@@ -11,6 +11,7 @@ import contextlib
 import signal
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,7 +79,8 @@ class Run:
         timeout: Seconds after which the run is stopped, or None.
         grace: Seconds that ranks have to end after an interrupt.
         wait_until_gone: Whether to return only when every process is gone: what holds a GPU's memory must be, before
-            the next cell asks for it.
+            the next cell asks for it. So it is in any case if ranks leave processes of their own.
+        wake: Called when the launcher is needed; somebody may have stopped it.
     """
 
     def __init__(
@@ -94,6 +96,7 @@ class Run:
         timeout: float | None,
         grace: float,
         wait_until_gone: bool,
+        wake: Callable[[], None],
     ) -> None:
         self._launch = launch
         self._channel = channel
@@ -102,6 +105,7 @@ class Run:
         self._deadline = float("inf") if timeout is None else time.monotonic() + timeout
         self._grace = grace
         self._wait_until_gone = wait_until_gone
+        self._wake = wake
         self._loop = Loop()
         self._ranks = Ranks(server, self._loop, relay, arrived=self._arrived, began=self._began)
         self.panel = Panel(self._ranks, launch.ranks, relay.outputs, screen, meter)
@@ -110,7 +114,7 @@ class Run:
         self._ladder: Ladder | None = None
         self._cause = "done"
         self._killed = False
-        self._started = False
+        self._agent: int | None = None
         self._launcher_ended = False
         self._launcher_died = False
         self._agent_status: int | None = None
@@ -160,7 +164,7 @@ class Run:
     @property
     def started(self) -> bool:
         """Whether the launcher has started the agent."""
-        return self._started
+        return self._agent is not None
 
     @property
     def states(self) -> dict[int, RankState]:
@@ -333,7 +337,7 @@ class Run:
         for message in self._channel.receive():
             match message["kind"]:
                 case "started":
-                    self._started = True
+                    self._agent = message["pid"]
                 case "ended":
                     self._launcher_ended = True
                     if not self._ranks.agent_ended:
@@ -367,19 +371,26 @@ class Run:
             return
         done = self._cause == "done"
         if done:
+            self._wake()
             with contextlib.suppress(OSError):
                 self._send("finish")
         else:
             self._send_kill()
         # A launcher that is still importing will find the request taken back.
-        if (done and not self._wait_until_gone) or not self._started:
+        if self._agent is None or (done and not self._wait_until_gone and not self._leaves_processes(self._agent)):
             return
         deadline = time.monotonic() + _END_SECONDS
         while not self._launcher_ended and time.monotonic() < deadline:
             self._loop.step(min(deadline, self._ranks.due))
             self._ranks.tick()
 
+    def _leaves_processes(self, agent: int) -> bool:
+        """Tell whether there are others than the ranks: if the launcher died now, these alone would outlive it."""
+        ranks = {state.pid for state in self._ranks.states.values()}
+        return any(_process.children_of(pid) - ranks for pid in (agent, *ranks))
+
     def _send_kill(self) -> None:
+        self._wake()
         with contextlib.suppress(OSError):
             self._send("kill")
 

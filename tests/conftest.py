@@ -6,7 +6,6 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,15 +15,13 @@ import psutil
 import pytest
 
 from tests.kernel import Kernel
+from tests.leftovers import MARK, leftovers, marked
 
 if TYPE_CHECKING:
     from tests.lab import Lab
 
 # Processes that a test has started may take this long to be gone after it.
 _GONE_SECONDS = 8.0
-
-# What torch, multiprocessing and nbddp would leave in a temporary directory.
-_LITTER = ("nbddp-", "torchelastic_", "pytorch-errorfile-", "pymp-", "ipython-")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -37,7 +34,7 @@ def private_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     patch.setenv("TMPDIR", str(temp))
     patch.setenv("IPYTHONDIR", str(root / "ipython"))
     patch.setenv("JUPYTER_RUNTIME_DIR", str(root / "runtime"))
-    patch.setenv("NBDDP_TEST_RUN", str(os.getpid()))
+    patch.setenv(MARK, str(os.getpid()))
     patch.delenv("NBDDP_START_METHOD", raising=False)
     import tempfile
 
@@ -144,7 +141,7 @@ def nothing_left(request: pytest.FixtureRequest, private_folders: Path, _kernels
         time.sleep(0.05)
     if left:
         # The next test must not suffer for this one.
-        for process in _marked():
+        for process in marked():
             with contextlib.suppress(psutil.Error):
                 if "nbddp._launcher" not in " ".join(process.cmdline()):
                     process.send_signal(signal.SIGKILL)
@@ -152,56 +149,9 @@ def nothing_left(request: pytest.FixtureRequest, private_folders: Path, _kernels
     assert _environment() == environment
 
 
-def leftovers(temp: Path, kernels: list[Kernel]) -> list[str]:
-    """Return what is there that should not be, a line each."""
-    left = []
-    open_kernels = {kernel.pid for kernel in kernels if kernel.alive()}
-    for process in _marked():
-        with contextlib.suppress(psutil.Error):
-            command = " ".join(process.cmdline())
-            if "nbddp._launcher" in command and process.ppid() in open_kernels | {os.getpid()}:
-                # An idle launcher has no children, one thread, and no sockets but those to its kernel.
-                left += [f"child of a launcher: {child.pid} {child.name()}" for child in process.children()]
-                left += [f"launcher has {process.num_threads()} threads"] if process.num_threads() != 1 else []
-            else:
-                left.append(f"process {process.pid}: {process.name()} {command[:100]}")
-            left += [f"{process.pid} listens at {c.laddr}" for c in process.net_connections() if c.status == "LISTEN"]
-    live_sessions = tuple(f"nbddp-{pid}-" for pid in open_kernels | {os.getpid()})
-    for folder in (temp, Path("/dev/shm")):
-        for path in folder.iterdir():
-            if path.name.startswith(live_sessions):
-                left += [f"{p}" for p in path.iterdir() if p.name.startswith("run-")]
-            elif path.name.startswith(_LITTER) and (folder == temp or (path.owner() == _me() and not _others(path))):
-                left.append(str(path))
-    return left
-
-
-def _others(path: Path) -> bool:
-    """Tell whether a session's directory is of a process that lives and is none of this test run's."""
-    with contextlib.suppress(psutil.Error, ValueError, IndexError):
-        process = psutil.Process(int(path.name.split("-")[1]))
-        return os.getpid() not in [parent.pid for parent in process.parents()]
-    return False
-
-
 def _environment() -> dict[str, str]:
     # The second is set by torch, when the first optimizer in a process is made.
     return {k: v for k, v in os.environ.items() if k not in ("PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR")}
-
-
-def _me() -> str:
-    return Path("/proc/self").owner() if sys.platform == "linux" else ""
-
-
-def _marked() -> list[psutil.Process]:
-    """Return the processes that descend from a launcher of this test run's."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            environ = process.environ()
-            if environ.get("NBDDP_TEST_RUN") == str(os.getpid()) and "NBDDP_SESSION" in environ:
-                found.append(process)
-    return found
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import re
 import signal
 import threading
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import KernelManager
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
@@ -96,6 +98,44 @@ def _is_panel(data: dict[str, Any]) -> bool:
     return bool(data.get("text/plain", "").startswith("nbddp:"))
 
 
+class Request:
+    """A cell that a kernel was asked to run; nobody need wait for it, and the kernel may die meanwhile.
+
+    Attributes:
+        reply: What it has shown so far; `seconds` and `status` come at the end.
+        returned_at: When the kernel was idle again (``time.monotonic``).
+        failed_at: When its error message came.
+    """
+
+    def __init__(self, client: BlockingKernelClient, code: str) -> None:
+        self._client = client
+        self._asked_at = time.monotonic()
+        self._id = client.execute(code, allow_stdin=False, stop_on_error=False)
+        self.reply = Reply()
+        self.returned_at: float | None = None
+        self.failed_at: float | None = None
+
+    def wait(self, seconds: float, until: Callable[[], object] = lambda: False) -> bool:
+        """Wait until the kernel is idle again, or for so long, or until `until` is true; tell whether it is idle."""
+        deadline = time.monotonic() + seconds
+        while self.returned_at is None and time.monotonic() < deadline and not until():
+            with contextlib.suppress(queue.Empty):
+                message = self._client.get_iopub_msg(timeout=0.01)
+                if message["parent_header"].get("msg_id") == self._id:
+                    self._take(message["msg_type"], message["content"])
+        return self.returned_at is not None
+
+    def _take(self, kind: str, content: dict[str, Any]) -> None:
+        if kind != "status":
+            self.reply.outputs.append((kind, content))
+        if kind == "error":
+            self.failed_at = time.monotonic()
+        if kind == "status" and content["execution_state"] == "idle":
+            self.returned_at = time.monotonic()
+            self.reply.seconds = self.returned_at - self._asked_at
+            self.reply.status = "ok" if self.failed_at is None else "error"
+
+
 class Kernel:
     """A kernel and the one client that talks to it.
 
@@ -115,9 +155,8 @@ class Kernel:
         self.client = self._manager.blocking_client()
         self.client.start_channels()
         self.client.wait_for_ready(timeout=60)
-        pid = self._manager.provisioner.pid
-        assert pid is not None
-        self.pid: int = pid
+        provisioner: Any = self._manager.provisioner
+        self.pid: int = provisioner.pid
 
     def run(
         self,
@@ -140,6 +179,10 @@ class Kernel:
         reply.seconds = time.perf_counter() - began
         reply.status = answer["content"]["status"]
         return reply
+
+    def ask(self, code: str) -> Request:
+        """Ask for a cell without waiting for it."""
+        return Request(self.client, code)
 
     def run_timed(self, code: str, sent: list[tuple[float, str, int]]) -> Reply:
         """Run a cell; add each output message to `sent`: when it came, its type, and its size in bytes."""

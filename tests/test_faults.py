@@ -176,6 +176,14 @@ def test_a_child_of_a_rank_does_not_outlive_the_run(kernel: Kernel) -> None:
     )
 
 
+def test_when_the_prompt_is_back_no_child_of_a_rank_is_left(kernel: Kernel) -> None:
+    # It would outlive the launcher, if that were killed now; nobody looks at the launcher between cells.
+    kernel.ok("%%ddp --cpus 2\nimport subprocess\nsubprocess.Popen(['sleep', '1002'], start_new_session=True)")
+    assert [p.name() for p in _session_processes(kernel) if p.name() == "sleep"] == []
+    kernel.ok("%%ddp --cpus 1\nimport os\nos.system('setsid sleep 1003 > /dev/null 2>&1 &')")  # the agent's by now
+    assert [p.name() for p in _session_processes(kernel) if p.name() == "sleep"] == []
+
+
 def test_data_loader_workers_of_a_killed_rank_are_gone(kernel: Kernel) -> None:
     kernel.ok(
         "import torch, os\nclass Data(torch.utils.data.Dataset):\n"

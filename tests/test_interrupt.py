@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import psutil
 import pytest
 
 from tests.kernel import Kernel
@@ -91,6 +92,20 @@ def test_a_second_press_does_not_wait(kernel: Kernel) -> None:
     )
     assert reply.error == "KeyboardInterrupt"
     assert reply.seconds < 3
+
+
+def test_a_stopped_launcher_holds_nothing_up(kernel: Kernel) -> None:
+    def stop() -> None:
+        (launcher,) = psutil.Process(kernel.pid).children()
+        launcher.suspend()
+
+    reply = kernel.run_and(
+        "%%ddp --cpus 2\nimport time\nprint('up')\ntime.sleep(60)", "[rank 1] up", lambda: (stop(), kernel.interrupt())
+    )
+    assert reply.error == "KeyboardInterrupt"
+    assert reply.seconds < 4
+    stop()
+    assert kernel.ok("%%ddp --cpus 1\nprint('fine')", timeout=20).text == "fine\n"
 
 
 def test_while_capturing(kernel: Kernel) -> None:

@@ -150,6 +150,28 @@ def test_a_kernel_killed_while_the_launcher_imports(new_kernel: Callable[..., Ke
     process.wait(timeout=2)
 
 
+def test_a_kernel_killed_while_it_waits_for_the_launcher_to_end(
+    new_kernel: Callable[..., Kernel], private_folders: Path, tmp_path: Path
+) -> None:
+    # The launcher imports this one in the background.
+    (tmp_path / "mpmath.py").write_text(
+        f"import time\nopen({str(tmp_path / 'importing')!r}, 'w').close()\ntime.sleep(4)"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    kernel = new_kernel(env={"PYTHONPATH": path})
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "importing").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    kernel.ask("%unload_ext nbddp")
+    time.sleep(1)
+    kernel.kill()
+    deadline = time.monotonic() + 10
+    while left := list(private_folders.glob(f"nbddp-{kernel.pid}-*")):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
 def test_a_restarted_kernel_starts_afresh(new_kernel: Callable[..., Kernel]) -> None:
     kernel = new_kernel()
     kernel.client.execute("%%ddp --cpus 2\nimport time\ntime.sleep(100)")
