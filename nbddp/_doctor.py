@@ -1,0 +1,206 @@
+"""``%ddp doctor``: before a long run, what most often ends in a silent hang; and why a run does not start.
+
+::
+
+    _checks    the machine and the environment: room, limits, names, interfaces      milliseconds
+    _gpus      what the driver says                                                  a second
+    _probe     the launcher, and a real all-reduce on each backend                   seconds, with a deadline
+
+A check that itself fails says so in its line and does not keep the others from theirs.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import nbddp
+from nbddp import _checks, _gpus
+from nbddp._checks import Check, Finding
+
+if TYPE_CHECKING:
+    from nbddp._client import Client
+
+# How long a name server may take: a look-up of a healthy one takes milliseconds. And when nobody has asked for a
+# check, but a run has failed and its user waits for the error.
+_NAME_SECONDS = 2.0
+_QUICK_NAME_SECONDS = 0.2
+
+# What limits must at least do for, whatever the number of GPUs.
+_RANKS = 2
+
+
+def examine(client: Client) -> Iterator[Finding]:
+    """Yield all that there is to find, each as soon as it is known.
+
+    Args:
+        client: The kernel's end of the launcher.
+
+    Raises:
+        KeyboardInterrupt: The user has stopped it; nothing runs any more.
+    """
+    # _job, which it goes through, reports with `quick` how a run failed.
+    from nbddp import _probe
+
+    env = dict(os.environ)
+    yield from _guarded("versions", _versions)
+    gpus: list[_gpus.Gpu] = []
+    yield from _guarded("GPUs", lambda: _look_at_gpus(gpus, env))
+    for subject, check in [
+        *_checks.of_machine(env, max(_RANKS, len(gpus)), _NAME_SECONDS),
+        ("environment", lambda: _checks.left_over(env)),
+        ("environment", lambda: _checks.behaviour(env)),
+    ]:
+        yield from _guarded(subject, check)
+    began = time.monotonic()
+    count = _probe.count_gpus(client, env)
+    if isinstance(count, Finding):
+        yield count
+        return
+    yield Finding("ok", "launcher", f"ready after {time.monotonic() - began:.1f} s; ranks see {_number(count)}")
+    yield from _guarded("GPUs", lambda: _unseen(count, gpus, env))
+    reduces = _probe.all_reduces(client, env, count)
+    while True:
+        try:
+            yield next(reduces)
+        except StopIteration:
+            return
+        except Exception as error:
+            yield _failed("run", error)
+            return
+
+
+def quick(env: Mapping[str, str] | None = None, ranks: int = _RANKS) -> list[Finding]:
+    """Return what is wrong that would keep ranks from starting; empty if it is none of what can be seen at once.
+
+    Launches no run and takes a third of a second at most.
+
+    Args:
+        env: The ranks' environment; this process's own by default.
+        ranks: How many ranks were to start.
+    """
+    checks = _checks.of_machine(dict(os.environ if env is None else env), ranks, _QUICK_NAME_SECONDS)
+    return [finding for subject, check in checks for finding in _guarded(subject, check) if finding.level != "ok"]
+
+
+def verdict(findings: Iterable[Finding]) -> str:
+    """Return the last line."""
+    levels = [finding.level for finding in findings]
+    bad, warn = levels.count("bad"), levels.count("warn")
+    if not bad and not warn:
+        return "nothing found that would stop a run"
+    things = f"{bad + warn} thing{'s' if bad + warn > 1 else ''} to look at"
+    return f"{things}, {bad} of which would stop a run" if bad else things
+
+
+def _guarded(subject: str, check: Check) -> Iterator[Finding]:
+    """Yield what a check finds, or that it failed."""
+    try:
+        found = check()
+    except Exception as error:
+        found = _failed(subject, error)
+    if isinstance(found, Finding):
+        yield found
+    else:
+        yield from found or ()
+
+
+def _failed(subject: str, error: Exception) -> Finding:
+    return Finding("warn", subject, f"could not be looked at: {type(error).__name__}: {error}")
+
+
+# Versions.
+
+
+def _versions() -> list[Finding]:
+    """Return what is installed, and whether the notebook has imported the same torch as ranks would."""
+    torch = _installed("torch")
+    versions = [f"nbddp {nbddp.__version__}", f"Python {platform.python_version()}", f"torch {torch} ({_built_for()})"]
+    versions += [f"{name} {_installed(name)}" for name in ("ipython", "ipykernel", "cloudpickle")]
+    found = [Finding("ok", "versions", ", ".join(versions))]
+    imported = getattr(sys.modules.get("torch"), "__version__", None)
+    if imported is not None and str(imported).partition("+")[0] != torch.partition("+")[0]:
+        found.append(
+            Finding(
+                "warn",
+                "versions",
+                f"the notebook has imported torch {imported}, and ranks would import {torch}",
+                "Restart the kernel",
+            )
+        )
+    return found
+
+
+def _installed(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _built_for() -> str:
+    """Return what torch was built for, without importing it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return "nowhere to be found"
+    with open(os.path.join(os.path.dirname(spec.origin), "version.py"), encoding="utf-8") as file:
+        text = file.read()
+    built = re.search(r"^(cuda|hip)\b[^=]*= *['\"](.+)['\"]", text, re.MULTILINE)
+    return (
+        f"built for {built[1].upper() if built[1] == 'cuda' else 'ROCm'} {built[2]}" if built else "built for the CPU"
+    )
+
+
+# GPUs.
+
+
+def _look_at_gpus(gpus: list[_gpus.Gpu], env: Mapping[str, str]) -> Sequence[Finding]:
+    """Return what the driver says; add the GPUs to `gpus`."""
+    setting = _gpus.hidden(env)
+    try:
+        there = _gpus.look()
+    except TimeoutError:
+        return [
+            Finding(
+                "bad",
+                "GPUs",
+                "the driver does not answer; whatever uses a GPU will hang",
+                "nvidia-smi in a terminal and dmesg may say why; most often the machine must be restarted",
+            )
+        ]
+    except OSError as error:
+        return [Finding("bad", "GPUs", f"the driver says: {error}", "Programs that use a GPU will say the same")]
+    if there is None:
+        text = "there is no nvidia-smi and no driver that pynvml finds, so they cannot be looked at"
+        return [Finding("ok", "GPUs", f"{text}; {setting}" if setting else text)]
+    gpus += there
+    driver = f"driver {there[0].driver}" if there else "the driver is there"
+    found = [Finding("ok", "GPUs", f"{driver}, {_number(len(there))}{f'; {setting}' if setting else ''}")]
+    return found + _gpus.findings(there, env.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _unseen(count: int, gpus: Sequence[_gpus.Gpu], env: Mapping[str, str]) -> Finding | None:
+    """Return a warning if the driver has GPUs and torch sees none."""
+    if count or not gpus:
+        return None
+    if setting := _gpus.hidden(env):
+        return Finding(
+            "warn", "GPUs", f"{setting} hides all of them", "Set it to the numbers of those that may be used"
+        )
+    return Finding(
+        "warn",
+        "GPUs",
+        f"the driver has {_number(len(gpus))}, and torch, a build {_built_for()}, sees none",
+        "Install a build of torch for CUDA that this driver is new enough for, and restart the kernel",
+    )
+
+
+def _number(gpus: int) -> str:
+    return "1 GPU" if gpus == 1 else f"{gpus or 'no'} GPUs"
