@@ -273,8 +273,13 @@ def cores(env: Mapping[str, str], ranks: int) -> Finding:
 
 # The network.
 
+# How long a process for a look-up may take to start, on a machine that is busy, before its question is dropped.
+_START_SECONDS = 2.0
+
+# Ends the process at the deadline, wherever in the C library it waits; counted from here, since it may start late.
+_WITHIN = "import signal, socket; signal.setitimer(signal.ITIMER_REAL, {})"
+
 _FIND_HOST = """
-import socket
 name = socket.gethostname()
 try:
     print(*sorted({info[4][0] for info in socket.getaddrinfo(name, None)}))
@@ -285,7 +290,6 @@ socket.getfqdn(name)
 
 # How torch's store, which listens on IPv6 and IPv4 at once, asks for the name of who connects on loopback.
 _FIND_PEER = """
-import socket
 try:
     socket.getnameinfo(("::ffff:127.0.0.1", 80, 0, 0), socket.NI_NUMERICSERV)
 except OSError:
@@ -330,10 +334,13 @@ def _answers(codes: Sequence[str], seconds: float) -> list[str | None]:
     """Run each code in a Python of its own, all at once; return what they print, None for those that take too long.
 
     A look-up cannot be interrupted, and may take minutes; a process can be ended.
+
+    Raises:
+        TimeoutError: The processes did not even start in time.
     """
     children = [
         subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", code],
+            [sys.executable, "-I", "-S", "-c", _WITHIN.format(seconds) + code],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -341,19 +348,18 @@ def _answers(codes: Sequence[str], seconds: float) -> list[str | None]:
         )
         for code in codes
     ]
-    deadline = time.monotonic() + seconds
-    answers: list[str | None] = []
+    deadline = time.monotonic() + seconds + _START_SECONDS
     try:
-        for child in children:
-            try:
-                answers.append(child.communicate(timeout=max(0.0, deadline - time.monotonic()))[0])
-            except subprocess.TimeoutExpired:
-                answers.append(None)
+        said = [child.communicate(timeout=max(0.0, deadline - time.monotonic()))[0] for child in children]
+        return [None if child.returncode else answer for child, answer in zip(children, said, strict=True)]
+    except subprocess.TimeoutExpired:
+        raise TimeoutError("the machine is too busy to start a process for it") from None
     finally:
         for child in children:
             child.kill()
-            child.communicate()
-    return answers
+            child.wait()
+            if child.stdout is not None:
+                child.stdout.close()
 
 
 def loopback() -> Finding:
@@ -383,7 +389,7 @@ def interfaces(env: Mapping[str, str]) -> list[Finding]:
             found.append(
                 Finding(
                     "bad",
-                    variable.partition("_")[0],
+                    variable.partition("_")[0].lower(),
                     f"{variable}={value} names no network interface of this machine, which has {', '.join(there)}",
                     f"del os.environ[{variable!r}], and ranks use {_devices.LOOPBACK_INTERFACE}",
                 )

@@ -11,6 +11,7 @@ A check that itself fails says so in its line and does not keep the others from 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 # How long a name server may take: a look-up of a healthy one takes milliseconds. And when nobody has asked for a
 # check, but a run has failed and its user waits for the error.
 _NAME_SECONDS = 2.0
-_QUICK_NAME_SECONDS = 0.2
+_QUICK_NAME_SECONDS = 0.15
 
 # What limits must at least do for, whatever the number of GPUs.
 _RANKS = 2
@@ -80,14 +81,15 @@ def examine(client: Client) -> Iterator[Finding]:
 def quick(env: Mapping[str, str] | None = None, ranks: int = _RANKS) -> list[Finding]:
     """Return what is wrong that would keep ranks from starting; empty if it is none of what can be seen at once.
 
-    Launches no run and takes a third of a second at most.
+    Launches no run and takes a third of a second at most; longer on a machine that is slow to start a process. What
+    cannot be looked at is left out.
 
     Args:
         env: The ranks' environment; this process's own by default.
         ranks: How many ranks were to start.
     """
     checks = _checks.of_machine(dict(os.environ if env is None else env), ranks, _QUICK_NAME_SECONDS)
-    return [finding for subject, check in checks for finding in _guarded(subject, check) if finding.level != "ok"]
+    return [finding for _, check in checks for finding in _unless_it_fails(check) if finding.level != "ok"]
 
 
 def verdict(findings: Iterable[Finding]) -> str:
@@ -97,19 +99,27 @@ def verdict(findings: Iterable[Finding]) -> str:
     if not bad and not warn:
         return "nothing found that would stop a run"
     things = f"{bad + warn} thing{'s' if bad + warn > 1 else ''} to look at"
-    return f"{things}, {bad} of which would stop a run" if bad else things
+    if not bad:
+        return things
+    return f"{things}, {f'{bad} of ' if warn else ''}which would stop a run"
 
 
-def _guarded(subject: str, check: Check) -> Iterator[Finding]:
-    """Yield what a check finds, or that it failed."""
+def _guarded(subject: str, check: Check) -> Sequence[Finding]:
+    """Return what a check finds, or that it failed."""
     try:
-        found = check()
+        return _several(check())
     except Exception as error:
-        found = _failed(subject, error)
-    if isinstance(found, Finding):
-        yield found
-    else:
-        yield from found or ()
+        return [_failed(subject, error)]
+
+
+def _unless_it_fails(check: Check) -> Sequence[Finding]:
+    with contextlib.suppress(Exception):
+        return _several(check())
+    return ()
+
+
+def _several(found: Finding | Sequence[Finding] | None) -> Sequence[Finding]:
+    return [found] if isinstance(found, Finding) else found or ()
 
 
 def _failed(subject: str, error: Exception) -> Finding:

@@ -174,8 +174,8 @@ def _named(holder: Holder) -> str:
     except OSError:
         # The driver counts processes as the machine does; a container has numbers of its own.
         command = os.path.basename(holder.command) if not holder.command.startswith("[") else ""
-        command = f"{command or 'a process'}, not of this container"
-    return f"{command[:60]} (pid {holder.pid}{_size(holder).replace(' (', ', ').rstrip(')')})"
+        command = command or "a process that cannot be seen from here"
+    return f"{command[:50]} (pid {holder.pid}{_size(holder).replace(' (', ', ').rstrip(')')})"
 
 
 def hidden(env: Mapping[str, str]) -> str:

@@ -10,7 +10,7 @@ import contextlib
 import re
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbddp import _devices, _job
@@ -45,6 +45,7 @@ nccl = ".".join(map(str, torch.cuda.nccl.version())) if device.type == "cuda" el
 gpus = range(torch.cuda.device_count() if device.type == "cuda" else 0)
 apart = [(a, b) for a in gpus for b in gpus if a < b and not torch.cuda.can_device_access_peer(a, b)]
 """
+_SUBJECT = "all-reduce"
 _LINE = re.compile(r"on line (\d+) of the cell")
 
 
@@ -126,7 +127,7 @@ def count_gpus(client: Client, env: Mapping[str, str]) -> int | Finding:
             "In a terminal, python -X importtime -c 'import torch' shows what takes so long",
         )
     except NbddpError as error:
-        return Finding("bad", "launcher", _said(error))
+        return Finding("bad", "launcher", f"{error}")
 
 
 def all_reduces(client: Client, env: Mapping[str, str], gpus: int) -> Iterator[Finding]:
@@ -140,37 +141,103 @@ def all_reduces(client: Client, env: Mapping[str, str], gpus: int) -> Iterator[F
     Raises:
         KeyboardInterrupt: The user has stopped it; nothing runs any more.
     """
-    yield _all_reduce(client, env, "gloo", Options(cpus=2))[0]
-    if not gpus:
-        return
-    finding, seen = _all_reduce(client, env, "nccl", Options(gpus=min(2, gpus)))
-    yield finding
-    if gpus > 1:
-        yield _peers(seen, gpus)
+    yield _AllReduce(client, env, "gloo", Options(cpus=2)).find()
+    if gpus:
+        on_gpus = _AllReduce(client, env, "nccl", Options(gpus=min(2, gpus)))
+        yield on_gpus.find()
+        if gpus > 1:
+            yield _peers(on_gpus.seen, gpus)
 
 
-def _all_reduce(
-    client: Client, env: Mapping[str, str], backend: str, options: Options
-) -> tuple[Finding, dict[str, Any]]:
-    """Return what came of an all-reduce, and what its rank 0 saw; nothing if it failed."""
-    subject = "all-reduce"
-    ranks = options.gpus or options.cpus or 0
-    where = f"{backend}, {ranks} rank{'s' if ranks > 1 else ''} on {'GPUs' if options.gpus else 'the CPU'}"
-    began = time.monotonic()
-    try:
-        seen = _perform(client, backend, options)
-    except NbddpError as error:
-        return Finding("bad", subject, f"{where}: {_said(error)}", _advice(client, env, backend, options)), {}
-    took = time.monotonic() - began
-    if wrong := seen["wrong"]:
-        return Finding("bad", subject, f"{where}: {wrong_sum(wrong)}", _advice(client, env, backend, options)), seen
-    version = f" NCCL {seen['nccl']}," if seen["nccl"] else ""
-    return Finding("ok", subject, f"{where}:{version} started, added up and ended in {took:.1f} s"), seen
+@dataclass
+class _AllReduce:
+    """An all-reduce on one backend.
+
+    Attributes:
+        seen: What rank 0 saw; empty if it failed.
+    """
+
+    client: Client
+    env: Mapping[str, str]
+    backend: str
+    options: Options
+    seen: Mapping[str, Any] = field(default_factory=dict)
+
+    def find(self) -> Finding:
+        """Run it; return what came of it."""
+        ranks = self.options.gpus or self.options.cpus or 0
+        place = "GPUs" if self.options.gpus else "the CPU"
+        where = f"{self.backend}, {ranks} rank{'s' if ranks > 1 else ''} on {place}"
+        began = time.monotonic()
+        try:
+            self.seen = self._perform({})
+        except RunTimeout as error:
+            at = "; ".join(_in_words(note) for note in getattr(error, "__notes__", ())) or "no rank had started"
+            said = f"not done at the deadline of {self._seconds():g} s; {at}"
+        except NbddpError as error:
+            said = f"{error}".rstrip(".")
+        else:
+            if not (wrong := self.seen["wrong"]):
+                version = f"NCCL {self.seen['nccl']}, " if self.seen["nccl"] else ""
+                took = time.monotonic() - began
+                return Finding("ok", _SUBJECT, f"{where}: {version}started, added up and ended in {took:.1f} s")
+            said = f"a wrong sum in {wrong} of {1 << 20} elements, and gradients would be wrong, too"
+        return Finding("bad", _SUBJECT, f"{where}: {said}", self._advice())
+
+    def _perform(self, env: dict[str, str]) -> Mapping[str, Any]:
+        """Run the cell, with this in its environment, and return what rank 0 saw.
+
+        Raises:
+            NbddpError: It failed, or the deadline passed.
+            KeyboardInterrupt: The user has stopped it.
+        """
+        out = ("wrong", "nccl", "apart")
+        job = _job.Job(
+            cell=Cell(_CELL, filename="<nbddp doctor>", number=0),
+            names={},
+            namespace={},
+            options=replace(self.options, env=env, out=out, timeout=self._seconds()),
+            wanted=Wanted(out=out),
+            colors="nocolor",
+            grace=_GRACE_SECONDS,
+            place="the check",
+            own=True,
+        )
+        try:
+            return _job.perform(job, self.client, _Quiet()).results
+        except KeyboardInterrupt:
+            # Where its ranks were is of no interest to who stops a check.
+            raise KeyboardInterrupt from None
+
+    def _seconds(self) -> float:
+        """Return how long the ranks have.
+
+        Raises:
+            LaunchError: The user asks for a start method that there is not.
+        """
+        spawned = _job.start_method(self.options, self.client) == "spawn"
+        return DEADLINES[self.backend] + (_SPAWN_SECONDS if spawned else 0.0)
+
+    def _advice(self) -> str:
+        """Try what gets around the usual causes; return what to do."""
+        # What nbddp itself sets where the user does not.
+        as_it_is = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), _devices.LOOPBACK_INTERFACE)
+        as_it_is |= self.env
+        for remedy in _REMEDIES[self.backend]:
+            if remedy.env.items() <= as_it_is.items():
+                continue
+            with contextlib.suppress(NbddpError):
+                if not self._perform(dict(remedy.env))["wrong"]:
+                    settings = " ".join(f"--env {name}={value}" for name, value in remedy.env.items())
+                    return f"It works with {settings}: {remedy.meaning}"
+        variable, whose = ("NCCL_DEBUG", "NCCL") if self.backend == "nccl" else ("TORCH_CPP_LOG_LEVEL", "torch")
+        return f"Run a cell with --env {variable}=INFO --timeout 60; %ddp log then has {whose}'s own words"
 
 
-def wrong_sum(wrong: int) -> str:
-    """Return what is to be said of an all-reduce with so many wrong elements."""
-    return f"the all-reduce came to a wrong sum in {wrong} of {1 << 20} elements; gradients would be wrong, too"
+def _in_words(note: str) -> str:
+    """Return a line on where a rank was, with the code of the check instead of its line number."""
+    lines = _CELL.splitlines()
+    return _LINE.sub(lambda match: f"at {lines[int(match[1]) - 1].split(' = ')[-1]}", note)
 
 
 def _peers(seen: Mapping[str, Any], gpus: int) -> Finding:
@@ -181,62 +248,3 @@ def _peers(seen: Mapping[str, Any], gpus: int) -> Finding:
         return Finding("ok", "peer-to-peer", f"each of {gpus} GPUs can reach every other's memory")
     pairs = ", ".join(f"{a}-{b}" for a, b in apart[:6]) + (", …" if len(apart) > 6 else "")
     return Finding("ok", "peer-to-peer", f"not between {pairs}; NCCL goes through /dev/shm there, which is slower")
-
-
-def _perform(client: Client, backend: str, options: Options) -> dict[str, Any]:
-    """Run the cell and return what rank 0 saw.
-
-    Raises:
-        NbddpError: It failed, or the deadline passed.
-        KeyboardInterrupt: The user has stopped it.
-    """
-    out = ("wrong", "nccl", "apart")
-    forked = _job.start_method(options, client) == "fork"
-    seconds = DEADLINES[backend] if forked else DEADLINES[backend] + _SPAWN_SECONDS
-    job = _job.Job(
-        cell=Cell(_CELL, filename="<nbddp doctor>", number=0),
-        names={},
-        namespace={},
-        options=Options(gpus=options.gpus, cpus=options.cpus, env=options.env, out=out, timeout=seconds),
-        wanted=Wanted(out=out),
-        colors="nocolor",
-        grace=_GRACE_SECONDS,
-        place="the check",
-        own=True,
-    )
-    try:
-        return _job.perform(job, client, _Quiet()).results
-    except KeyboardInterrupt:
-        # Where its ranks were is of no interest to who stops a check.
-        raise KeyboardInterrupt from None
-
-
-def _advice(client: Client, env: Mapping[str, str], backend: str, options: Options) -> str:
-    """Try what gets around the usual causes; return what to do."""
-    for remedy in _REMEDIES[backend]:
-        # What is not set is what nbddp sets by itself.
-        tried = {name: env.get(name, _devices.LOOPBACK_INTERFACE) for name in remedy.env}
-        if tried == remedy.env:
-            continue
-        changed = Options(gpus=options.gpus, cpus=options.cpus, env=dict(remedy.env))
-        with contextlib.suppress(NbddpError):
-            if not _perform(client, backend, changed)["wrong"]:
-                settings = " ".join(f"--env {name}={value}" for name, value in remedy.env.items())
-                return f"It works with {settings}: {remedy.meaning}"
-    if backend == "nccl":
-        return "Run a cell with --env NCCL_DEBUG=INFO --timeout 60; %ddp log then has NCCL's own words"
-    return "Run a cell with --env TORCH_CPP_LOG_LEVEL=INFO --timeout 60; %ddp log then has torch's own words"
-
-
-def _said(error: NbddpError) -> str:
-    """Return an error and where each rank was, in one line."""
-    if not isinstance(error, RunTimeout):
-        return f"{error}".rstrip(".")
-    where = "; ".join(_in_words(note) for note in getattr(error, "__notes__", ()))
-    return f"not done at the deadline; {where}"
-
-
-def _in_words(note: str) -> str:
-    """Return a line on where a rank was, with the code of the check instead of its line number."""
-    lines = _CELL.splitlines()
-    return _LINE.sub(lambda match: f"at {lines[int(match[1]) - 1].split(' = ')[-1]}", note)
