@@ -1,25 +1,20 @@
 """What of the machine and of the notebook's environment can keep ranks from starting, or from ending.
 
-Each check looks at one thing, launches nothing that outlives it, and returns what it found. None imports torch or
-touches a GPU. Their order, and what becomes of what they find, is `nbddp._doctor`'s.
+Each check looks at one thing, launches nothing and returns what it found. None imports torch or touches a GPU. Their
+order, and what becomes of what they find, is `nbddp._doctor`'s.
 """
 
 from __future__ import annotations
 
 import os
 import resource
-import socket
 import stat
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Literal
+from collections.abc import Iterable, Mapping
 
-from nbddp import _devices, _process, _settings
+from nbddp import _devices, _process
+from nbddp._findings import Finding, count
 from nbddp._paths import format_size
 from nbddp._ranks import descriptors
 
@@ -41,60 +36,9 @@ _THREADS_PER_RANK = 64
 # In these a rank cannot even start: the agent's and its own few threads.
 _THREADS_TO_START = 16
 
-_LOOPBACK_SECONDS = 1.0
-
 # What a run, or a library that it uses, reads from the environment when it starts.
 _LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _BEHAVIOUR = ("NCCL_", "GLOO_", "TORCH_NCCL_", "TORCH_DISTRIBUTED_DEBUG", "CUDA_LAUNCH_BLOCKING")
-
-Level = Literal["ok", "warn", "bad"]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check has found.
-
-    Attributes:
-        level: "ok"; "warn" for what can hurt a run; "bad" for what will stop one, or has.
-        subject: What was looked at, in a few words.
-        text: What is the case, with the values.
-        advice: What to do about it, a sentence or more; empty if there is nothing to do.
-    """
-
-    level: Level
-    subject: str
-    text: str
-    advice: str = ""
-
-    def line(self) -> str:
-        """Return the finding as one line, in columns."""
-        text = " ".join(self.text.split())
-        return f"{self.level:<4}  {self.subject:<13}  {text}{f'. {self.advice}' if self.advice else ''}"
-
-
-Check = Callable[[], "Finding | Sequence[Finding] | None"]
-
-
-def of_machine(env: Mapping[str, str], ranks: int, seconds: float) -> list[tuple[str, Check]]:
-    """Return the checks by subject, the most telling first; all of them together take a tenth of a second.
-
-    Args:
-        env: The environment that ranks will have.
-        ranks: How many ranks the limits must do for.
-        seconds: How long to wait for the answer of a name server.
-    """
-    return [
-        ("/dev/shm", shared_memory),
-        ("temp space", temp_space),
-        ("memory", partial(memory, ranks)),
-        ("open files", partial(open_files, ranks)),
-        ("processes", partial(processes, ranks)),
-        ("limits", other_limits),
-        ("cores", partial(cores, env, ranks)),
-        ("host name", partial(host_name, env, seconds)),
-        ("loopback", loopback),
-        ("interfaces", partial(interfaces, env)),
-    ]
 
 
 # Room.
@@ -164,7 +108,7 @@ def memory(ranks: int) -> Finding:
     return Finding(
         "warn",
         "memory",
-        f"{text}, and {_count(ranks, 'rank')} can need {format_size(ranks * _RANK_BYTES)} before any data",
+        f"{text}, and {count(ranks, 'rank')} can need {format_size(ranks * _RANK_BYTES)} before any data",
         "When there is none left the system kills a rank: free some, or ask for fewer ranks",
     )
 
@@ -181,7 +125,7 @@ def open_files(ranks: int) -> Finding:
     # nbddp's own reckoning leaves room for what a kernel usually has open; this one may have more.
     room = limit - max(0, is_open - descriptors(0))
     enough = max(0, (room - descriptors(0)) // (descriptors(1) - descriptors(0)))
-    text = f"{limit} at once, {is_open} open now: enough to follow {_count(enough, 'rank')}"
+    text = f"{limit} at once, {is_open} open now: enough to follow {count(enough, 'rank')}"
     advice = "ulimit -n 4096 where the kernel is started"
     if enough < ranks:
         return Finding("bad", "open files", text, advice)
@@ -210,7 +154,7 @@ def processes(ranks: int) -> Finding:
         "bad" if room < ranks * _THREADS_TO_START else "warn",
         "processes",
         text,
-        f"{_count(ranks, 'rank')} can need {ranks * _THREADS_PER_RANK}, DataLoader workers included. "
+        f"{count(ranks, 'rank')} can need {ranks * _THREADS_PER_RANK}, DataLoader workers included. "
         f"{raise_it}, or end processes that are not needed",
     )
 
@@ -253,12 +197,12 @@ def other_limits() -> list[Finding]:
 def cores(env: Mapping[str, str], ranks: int) -> Finding:
     """Look at the cores that may be used, and how many threads ranks would compute with."""
     usable, there = _process.usable_cores(), os.cpu_count() or 1
-    text = _count(usable, "core")
+    text = count(usable, "core")
     if usable < there:
         text += f" of the machine's {there} (affinity, or the container's quota)"
     given = env.get("OMP_NUM_THREADS")
     if given is None:
-        shares = [f"{_devices.threads_per_rank(n)} for each of {_count(n, 'rank')}" for n in sorted({2, ranks})]
+        shares = [f"{_devices.threads_per_rank(n)} for each of {count(n, 'rank')}" for n in sorted({2, ranks})]
         return Finding("ok", "cores", f"{text}; threads: {', '.join(shares)}")
     text += f"; OMP_NUM_THREADS={given}"
     advice = "Without OMP_NUM_THREADS ranks share the cores evenly"
@@ -267,151 +211,8 @@ def cores(env: Mapping[str, str], ranks: int) -> Finding:
     except ValueError:
         return Finding("bad", "cores", f"{text} is no number of threads", advice)
     if ranks * threads > max(usable, ranks):
-        return Finding("warn", "cores", f"{text}, for each of {_count(ranks, 'rank')}, is more than there are", advice)
+        return Finding("warn", "cores", f"{text}, for each of {count(ranks, 'rank')}, is more than there are", advice)
     return Finding("ok", "cores", f"{text} for each rank")
-
-
-# The network.
-
-# How long a process for a look-up may take to start, on a machine that is busy, before its question is dropped.
-_START_SECONDS = 2.0
-
-# Ends the process at the deadline, wherever in the C library it waits; counted from here, since it may start late.
-_WITHIN = "import signal, socket; signal.setitimer(signal.ITIMER_REAL, {})"
-
-_FIND_HOST = """
-name = socket.gethostname()
-try:
-    print(*sorted({info[4][0] for info in socket.getaddrinfo(name, None)}))
-except OSError:
-    pass
-socket.getfqdn(name)
-"""
-
-# How torch's store, which listens on IPv6 and IPv4 at once, asks for the name of who connects on loopback.
-_FIND_PEER = """
-try:
-    socket.getnameinfo(("::ffff:127.0.0.1", 80, 0, 0), socket.NI_NUMERICSERV)
-except OSError:
-    pass
-"""
-
-
-def host_name(env: Mapping[str, str], seconds: float) -> Finding:
-    """Look up what torch looks up when a run starts; a name server that keeps silent makes every run wait for it."""
-    name = socket.gethostname()
-    began = time.monotonic()
-    answers = _answers([_FIND_HOST, _FIND_PEER], seconds)
-    took = time.monotonic() - began
-    mend = "or mend the name servers in /etc/resolv.conf"
-    if answers[0] is None:
-        return Finding(
-            "bad",
-            "host name",
-            f"looking up {name}, the name of this machine, takes longer than {seconds:g} s; every run waits for that",
-            f"Add the line '127.0.1.1 {name}' to /etc/hosts, {mend}",
-        )
-    if answers[1] is None:
-        forked = _settings.START_METHOD not in env
-        return Finding(
-            "warn" if forked else "bad",
-            "host name",
-            f"looking up the name of ::ffff:127.0.0.1 takes longer than {seconds:g} s; "
-            "ranks that are new interpreters wait for that at each connection",
-            f"Add the line '::ffff:127.0.0.1 localhost' to /etc/hosts, {mend}",
-        )
-    if not (addresses := answers[0].split()):
-        return Finding(
-            "warn",
-            "host name",
-            f"{name}, the name of this machine, has no address; nbddp's runs need none, other launchers may",
-            f"Add the line '127.0.1.1 {name}' to /etc/hosts",
-        )
-    return Finding("ok", "host name", f"{name} is {', '.join(addresses)}, found in {took:.1f} s; runs use loopback")
-
-
-def _answers(codes: Sequence[str], seconds: float) -> list[str | None]:
-    """Run each code in a Python of its own, all at once; return what they print, None for those that take too long.
-
-    A look-up cannot be interrupted, and may take minutes; a process can be ended.
-
-    Raises:
-        TimeoutError: The processes did not even start in time.
-    """
-    children = [
-        subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _WITHIN.format(seconds) + code],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        for code in codes
-    ]
-    deadline = time.monotonic() + seconds + _START_SECONDS
-    try:
-        said = [child.communicate(timeout=max(0.0, deadline - time.monotonic()))[0] for child in children]
-        return [None if child.returncode else answer for child, answer in zip(children, said, strict=True)]
-    except subprocess.TimeoutExpired:
-        raise TimeoutError("the machine is too busy to start a process for it") from None
-    finally:
-        for child in children:
-            child.kill()
-            child.wait()
-            if child.stdout is not None:
-                child.stdout.close()
-
-
-def loopback() -> Finding:
-    """Connect to this machine itself, as the ranks of a run do to each other."""
-    try:
-        with (
-            socket.create_server(("127.0.0.1", 0)) as server,
-            socket.create_connection(server.getsockname(), timeout=_LOOPBACK_SECONDS),
-        ):
-            return Finding("ok", "loopback", "127.0.0.1 can be connected to")
-    except OSError as error:
-        return Finding(
-            "bad",
-            "loopback",
-            f"ranks cannot reach each other at 127.0.0.1: {(error.strerror or str(error)).lower()}",
-            f"As root: ip link set {_devices.LOOPBACK_INTERFACE} up",
-        )
-
-
-def interfaces(env: Mapping[str, str]) -> list[Finding]:
-    """Look whether the network interfaces that gloo and NCCL are told to use are there."""
-    there = [name for _, name in socket.if_nameindex()]
-    found = []
-    for variable, matches in (("GLOO_SOCKET_IFNAME", _gloo_has), ("NCCL_SOCKET_IFNAME", _nccl_has)):
-        value = env.get(variable)
-        if value and not matches(value, there):
-            found.append(
-                Finding(
-                    "bad",
-                    variable.partition("_")[0].lower(),
-                    f"{variable}={value} names no network interface of this machine, which has {', '.join(there)}",
-                    f"del os.environ[{variable!r}], and ranks use {_devices.LOOPBACK_INTERFACE}",
-                )
-            )
-    return found
-
-
-def _gloo_has(value: str, there: Iterable[str]) -> bool:
-    """Tell whether there are all the interfaces that gloo is told to use: names, separated by commas."""
-    return set(value.split(",")) <= set(there)
-
-
-def _nccl_has(value: str, there: Iterable[str]) -> bool:
-    """Tell whether there is an interface that NCCL is told to use: prefixes; names behind "="; all but these: "^"."""
-    names = tuple(value.lstrip("^=").split(","))
-    if value.startswith("^="):
-        return any(name not in names for name in there)
-    if value.startswith("^"):
-        return any(not name.startswith(names) for name in there)
-    if value.startswith("="):
-        return any(name in names for name in there)
-    return any(name.startswith(names) for name in there)
 
 
 # The environment.
@@ -447,7 +248,3 @@ def behaviour(env: Mapping[str, str]) -> list[Finding]:
 
 def _set(names: Iterable[str], env: Mapping[str, str]) -> str:
     return ", ".join(f"{name}={env[name]}" for name in names)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbddp._checks import Finding
+from nbddp._findings import Finding
 from nbddp._paths import format_size
 
 # A driver that is not kept loaded (no persistence mode) takes some seconds to wake.

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbddp import _devices, _job
-from nbddp._checks import Finding
 from nbddp._client import Client
-from nbddp._errors import NbddpError, RunTimeout
+from nbddp._errors import LaunchError, NbddpError, RunTimeout
+from nbddp._findings import Finding
 from nbddp._options import Options
 from nbddp._results import Wanted
 from nbddp._script import Cell
@@ -174,6 +174,9 @@ class _AllReduce:
         except RunTimeout as error:
             at = "; ".join(_in_words(note) for note in getattr(error, "__notes__", ())) or "no rank had started"
             said = f"not done at the deadline of {self._seconds():g} s; {at}"
+        except LaunchError as error:
+            # It says itself what to do.
+            return Finding("bad", _SUBJECT, f"{where}: {error}")
         except NbddpError as error:
             said = f"{error}".rstrip(".")
         else:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -117,6 +119,22 @@ def test_a_container_with_few_processes(own_kernel: Callable[[str], Kernel]) -> 
     assert "2 ranks can need 128, DataLoader workers included" in line
     kernel.ok("(root / 'cgroup.procs').write_text(str(os.getpid()))\n%unload_ext nbddp")
     kernel.ok("group.rmdir()")
+
+
+def test_few_processes_for_a_user() -> None:
+    if os.getuid() != 0:
+        pytest.skip("NOT TESTED: the limit on a user's processes; a user without any takes root")
+    code = (
+        "import os, resource\nfrom nbddp._checks import processes\nos.setuid(54321)\n"
+        "for limit in (20, 100, 1000):\n    resource.setrlimit(resource.RLIMIT_NPROC, (limit, 1000))\n"
+        "    print(processes(2).line())"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = [" ".join(line.split()) for line in run.stdout.splitlines()]
+    assert lines[0].startswith("bad processes 19 more can be started, threads included; 1 of 20 in use (ulimit -u). ")
+    assert lines[1].startswith("warn processes 99 more")
+    assert lines[1].endswith("Raise ulimit -u, or end processes that are not needed")
+    assert lines[2] == "ok processes 999 more can be started, threads included; 1 of 1000 in use (ulimit -u)"
 
 
 def test_a_folder_for_temporary_files_that_all_may_write(new_kernel: Callable[..., Kernel], tmp_path: Path) -> None:
