@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import socket
 import subprocess
 import sys
@@ -17,32 +16,43 @@ _LOOPBACK_SECONDS = 1.0
 # How long a process for a look-up may take to start, on a machine that is busy, before its question is dropped.
 _START_SECONDS = 2.0
 
-# Ends the process at the deadline, wherever in the C library it waits; counted from here, since it may start late.
-_WITHIN = "import signal, socket; signal.setitimer(signal.ITIMER_REAL, {})"
+# A look-up waits in the C library, where no deadline reaches it; so it has a thread, and the process ends without it.
+# The time is counted in short sleeps, which a machine that is busy makes longer, as it does the look-up.
+_LOOK_UP = """
+import os, socket, threading, time
+def look():
+    try:
+        {}
+    except OSError:
+        pass
+    os._exit(0)
+threading.Thread(target=look, daemon=True).start()
+for _ in range({}):
+    time.sleep({})
+os._exit({})
+"""
+_TICK = 0.01
+_TOO_LATE = 3
 
-_FIND_HOST = """
-name = socket.gethostname()
-try:
-    print(*sorted({info[4][0] for info in socket.getaddrinfo(name, None)}))
-except OSError:
-    pass
-socket.getfqdn(name)
+# What torch's agent asks for when a run starts.
+_HOST = """
+        name = socket.gethostname()
+        try:
+            addresses = {info[4][0] for info in socket.getaddrinfo(name, None)}
+            print(*sorted(addresses), flush=True)
+        finally:
+            socket.getfqdn(name)
 """
 
 # How torch's store, which listens on IPv6 and IPv4 at once, asks for the name of who connects on loopback.
-_FIND_PEER = """
-try:
-    socket.getnameinfo(("::ffff:127.0.0.1", 80, 0, 0), socket.NI_NUMERICSERV)
-except OSError:
-    pass
-"""
+_PEER = "socket.getnameinfo(('::ffff:127.0.0.1', 80, 0, 0), socket.NI_NUMERICSERV)"
 
 
 def host_name(env: Mapping[str, str], seconds: float) -> Finding:
     """Look up what torch looks up when a run starts; a name server that keeps silent makes every run wait for it."""
     name = socket.gethostname()
     began = time.monotonic()
-    answers = _answers([_FIND_HOST, _FIND_PEER], seconds)
+    answers = _answers([_HOST, _PEER], seconds)
     took = time.monotonic() - began
     mend = "or mend the name servers in /etc/resolv.conf"
     if answers[0] is None:
@@ -71,8 +81,8 @@ def host_name(env: Mapping[str, str], seconds: float) -> Finding:
     return Finding("ok", "host name", f"{name} is {', '.join(addresses)}, found in {took:.1f} s; runs use loopback")
 
 
-def _answers(codes: Sequence[str], seconds: float) -> list[str | None]:
-    """Run each code in a Python of its own, all at once; return what they print, None for those that take too long.
+def _answers(questions: Sequence[str], seconds: float) -> list[str | None]:
+    """Run each look-up in a Python of its own, all at once; return what they print, None for those that take too long.
 
     A look-up cannot be interrupted, and may take minutes; a process can be ended.
 
@@ -81,7 +91,7 @@ def _answers(codes: Sequence[str], seconds: float) -> list[str | None]:
     """
     children = [
         subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _WITHIN.format(seconds) + code],
+            [sys.executable, "-I", "-S", "-c", _LOOK_UP.format(question, int(seconds / _TICK), _TICK, _TOO_LATE)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -89,12 +99,12 @@ def _answers(codes: Sequence[str], seconds: float) -> list[str | None]:
             # Jupyter's interrupt signals the kernel's whole group.
             start_new_session=True,
         )
-        for code in codes
+        for question in questions
     ]
     deadline = time.monotonic() + seconds + _START_SECONDS
     try:
         said = [child.communicate(timeout=max(0.0, deadline - time.monotonic()))[0] for child in children]
-        late = [child.returncode == -signal.SIGALRM for child in children]
+        late = [child.returncode == _TOO_LATE for child in children]
         return [None if is_late else answer for is_late, answer in zip(late, said, strict=True)]
     except subprocess.TimeoutExpired:
         raise TimeoutError("the machine is too busy to start a process for it") from None
