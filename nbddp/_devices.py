@@ -10,7 +10,7 @@ from nbddp import _process
 from nbddp._errors import LaunchError
 from nbddp._options import Options
 
-_LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
+LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,16 @@ def environment(base: Mapping[str, str], options: Options, devices: Devices) -> 
     if devices.visible is not None:
         env["CUDA_VISIBLE_DEVICES"] = devices.visible
     # torchrun's own default of one thread would leave most of a large machine idle.
-    env.setdefault("OMP_NUM_THREADS", str(max(1, _process.usable_cores() // devices.ranks)))
+    env.setdefault("OMP_NUM_THREADS", str(threads_per_rank(devices.ranks)))
     # On one machine nothing has to listen where another could reach it.
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
-        env.setdefault(name, _LOOPBACK_INTERFACE)
+        env.setdefault(name, LOOPBACK_INTERFACE)
     return env
+
+
+def threads_per_rank(ranks: int) -> int:
+    """Return how many threads each of `ranks` ranks computes with, unless OMP_NUM_THREADS says otherwise."""
+    return max(1, _process.usable_cores() // ranks)
 
 
 def gpus_of(devices: Devices, env: Mapping[str, str]) -> list[str]:

@@ -15,6 +15,8 @@ import contextlib
 import os
 import resource
 import secrets
+import select
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,6 +29,7 @@ from nbddp._errors import LaunchError
 from nbddp._memory import Meter
 from nbddp._options import Options
 from nbddp._paths import RunDir, cannot_write, format_size
+from nbddp._ranks import descriptors
 from nbddp._relay import Relay, View
 from nbddp._report import Circumstances, error_of, interrupted
 from nbddp._results import Wanted
@@ -39,10 +42,6 @@ from nbddp._where import Sources
 
 # What nbddp defines in the ranks where the notebook has no such name.
 GIVEN_NAMES = ("rank", "local_rank", "world_size", "device")
-
-# Of the kernel's: a rank's socket, output, pidfd and log; and what a kernel has open anyway.
-_DESCRIPTORS_PER_RANK = 4
-_DESCRIPTORS_BESIDES = 100
 
 # Seconds that ranks have to write their stacks; they need microseconds.
 _STACK_SECONDS = 0.5
@@ -95,6 +94,7 @@ class Job:
         grace: Seconds that ranks have to end after an interrupt.
         large: Bytes above which a line says how much is sent; None for never.
         place: What messages call the code.
+        own: Whether it is nbddp's own and not the user's, whose last logs then stay.
         view: How much of the output is shown, and how.
     """
 
@@ -110,6 +110,7 @@ class Job:
     grace: float = GRACE_SECONDS
     large: float | None = None
     place: str = "the cell"
+    own: bool = False
     view: View = field(default_factory=View)
 
 
@@ -136,7 +137,7 @@ def perform(job: Job, client: _client.Client, screen: Screen) -> Finished:
         KeyboardInterrupt: The user stopped it.
     """
     with InterruptGate() as gate:
-        attempt = _Attempt(job, client, screen, gate, _start_method(job, client))
+        attempt = _Attempt(job, client, screen, gate, start_method(job.options, client))
         launcher_died = False
         while True:
             try:
@@ -156,12 +157,12 @@ def dry_run(job: Job, client: _client.Client) -> str:
     """Return what `perform` would launch and send, as text."""
     env = {**os.environ, **job.options.env}
     with InterruptGate() as gate:
-        devices = _devices.choose(job.options, env, lambda: _count_gpus(client, env, gate))
+        devices = _devices.choose(job.options, env, lambda: count_gpus(client, env, gate))
         with gate.open():
             snapshot = _closure.capture(job.names, job.namespace, job.lines, job.place)
     if job.options.keep_script is not None:
         _export(_script(job, devices, snapshot), job.options.keep_script)
-    options = torchrun_options(devices.ranks, job.options.max_restarts, _start_method(job, client))
+    options = torchrun_options(devices.ranks, job.options.max_restarts, start_method(job.options, client))
     lines = [devices.note] if devices.note else []
     lines.append("torchrun " + " ".join(options) + " <generated script>")
     return "\n".join([*lines, *_closure.explain(job.names, job.namespace, job.lines, snapshot)])
@@ -197,11 +198,11 @@ class _Attempt:
         with self._interruptible(f"what {job.place} uses was pickled; nothing was launched"):
             closure = _closure.capture(names, job.namespace, job.lines, job.place)
         times["captured"] = time.monotonic()
-        devices = _devices.choose(job.options, env, lambda: _count_gpus(self.client, env, gate))
+        devices = _devices.choose(job.options, env, lambda: count_gpus(self.client, env, gate))
         if job.view.ranks is not None and max(job.view.ranks) >= devices.ranks:
             raise LaunchError(f"--ranks {max(job.view.ranks)}: this run has {_ranks_of(devices.ranks)}")
         if job.wanted.device is not None:
-            _devices.check_out_device(job.wanted.device, lambda: _count_gpus(self.client, os.environ, gate))
+            _devices.check_out_device(job.wanted.device, lambda: count_gpus(self.client, os.environ, gate))
         if devices.note:
             self.say(devices.note)
         if job.large is not None and closure.nbytes > job.large:
@@ -264,7 +265,10 @@ class _Attempt:
             try:
                 server = stack.enter_context(_wire.listen(run_dir.socket))
                 logs = session.new_logs()
-                stack.callback(session.keep_logs, logs)
+                if self.job.own:
+                    stack.callback(shutil.rmtree, logs, ignore_errors=True)
+                else:
+                    stack.callback(session.keep_logs, logs)
                 relay = Relay(devices.ranks, logs, secret, self.screen, self.job.view, self.said)
             except OSError as error:
                 raise cannot_write("prepare a run", run_dir.socket, error) from error
@@ -329,6 +333,7 @@ class _Attempt:
             run_dir,
             self._sources(run_dir),
             run.ranks,
+            run.env,
             self.job.options.timeout,
             oom_kills,
             known=self.job.known - set(self.job.names),
@@ -349,9 +354,14 @@ def _ranks_of(count: int) -> str:
     return "one rank, 0" if count == 1 else f"ranks 0 to {count - 1}"
 
 
-def _start_method(job: Job, client: _client.Client) -> str:
+def start_method(options: Options, client: _client.Client) -> str:
+    """Return how ranks are started: "fork" or "spawn".
+
+    Raises:
+        LaunchError: The user asks for another way.
+    """
     try:
-        wanted = _settings.start_method({**os.environ, **job.options.env})
+        wanted = _settings.start_method({**os.environ, **options.env})
     except ValueError as error:
         raise LaunchError(str(error)) from None
     # macOS frameworks abort in forked children.
@@ -359,20 +369,41 @@ def _start_method(job: Job, client: _client.Client) -> str:
     return wanted or ("fork" if can_fork else "spawn")
 
 
-def _count_gpus(client: _client.Client, env: Mapping[str, str], gate: InterruptGate) -> int:
-    """Ask the launcher how many GPUs there are: neither it nor the kernel may look for itself."""
+def count_gpus(
+    client: _client.Client, env: Mapping[str, str], gate: InterruptGate, seconds: float | None = None
+) -> int:
+    """Ask the launcher how many GPUs there are: neither it nor the kernel may look for itself.
+
+    Args:
+        client: The kernel's end of the launcher, which is started if it does not run.
+        env: The environment that ranks will have.
+        gate: Tells of interrupts.
+        seconds: How long to wait for the answer, which comes once torch is imported; None for as long as it takes.
+
+    Raises:
+        LaunchError: There is no launcher to be had, or it cannot count.
+        TimeoutError: It has not answered in time.
+    """
     channel = client.open_channel(env)
+    answer = select.poll()
+    answer.register(channel.sock, select.POLLIN)
     try:
         with gate.open():
             _wire.send(channel.sock, "count gpus", env=dict(env))
             while not channel.closed:
+                if not answer.poll(None if seconds is None else seconds * 1000):
+                    break
                 for message in channel.receive():
+                    if message["kind"] == "refused":
+                        raise LaunchError(f"the GPUs could not be counted: {message['reason']}")
                     return int(message["count"])
+            else:
+                raise client.launcher_died()
     except OSError:
-        pass
+        raise client.launcher_died() from None
     finally:
         channel.close()
-    raise client.launcher_died()
+    raise TimeoutError
 
 
 def _script(job: Job, devices: _devices.Devices, closure: Snapshot) -> Script:
@@ -416,7 +447,7 @@ def _check_descriptors(ranks: int) -> None:
         LaunchError: It may not have that many files open.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = ranks * _DESCRIPTORS_PER_RANK + _DESCRIPTORS_BESIDES
+    needed = descriptors(ranks)
     if limit != resource.RLIM_INFINITY and needed > limit:
         raise LaunchError(
             f"{ranks} ranks: following them takes {needed} open files, and this process may have {limit}. "

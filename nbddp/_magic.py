@@ -22,7 +22,7 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_cell_magic, magics_class
 from traitlets import Bool, Float, Int
 
-from nbddp import _closure, _job, _logs, _names, _settings
+from nbddp import _closure, _doctor, _job, _logs, _names, _settings
 from nbddp._errors import LaunchError, NbddpError, ResultError
 from nbddp._function import client
 from nbddp._options import HelpAsked, OptionError, Options, help_text, option_names, parse
@@ -214,11 +214,13 @@ class DDPMagics(Magics):
                 if not self._left_over:
                     raise LaunchError("%ddp results: nothing is left over from the last run")
                 return dict(self._left_over)
+            case ["doctor"]:
+                _examine()
             case ["explain", *names]:
                 sys.stdout.write("\n".join(self._explain(names)) + "\n")
             case _:
                 raise UsageError(
-                    f"%ddp {line}: there are only %ddp log, status, stacks, results and explain (%ddp -h); "
+                    f"%ddp {line}: there are only %ddp log, status, stacks, results, explain and doctor (%ddp -h); "
                     "a cell that runs on ranks begins with %%ddp"
                 )
         return None
@@ -258,6 +260,17 @@ def _stacks() -> str:
 _ANSWER_SECONDS = 0.2
 _NOTHING = "nbddp: nothing is running"
 
+
+def _examine() -> None:
+    """Print what may stop a run, line by line as it is found."""
+    findings = []
+    for finding in _doctor.examine(client):
+        findings.append(finding)
+        sys.stdout.write(f"{finding.line()}\n")
+        sys.stdout.flush()
+    sys.stdout.write(f"nbddp: {_doctor.verdict(findings)}\n")
+
+
 LINE_HELP = """\
 %ddp log         where the logs of the last run are, one for each rank
 %ddp log --rank K --tail N
@@ -268,6 +281,7 @@ LINE_HELP = """\
 %ddp stacks      where each rank is at this moment, likewise; an interrupt and --timeout say it, too
 %ddp explain     what the last %%ddp cell takes from the notebook: types, sizes, by value or by reference
 %ddp explain A B the same for variables
+%ddp doctor      what may stop a run, or did, and what to do: GPUs, a real all-reduce, memory, limits, names
 %ddp results     what the last run brought back and could not assign, since something else was missing
 %%ddp -h         how to run a cell on several ranks
 """

@@ -207,6 +207,33 @@ def available_memory() -> int:
     return max(room, 0)
 
 
+def process_limit() -> tuple[int, int] | None:
+    """Return how many processes and threads this process's cgroup has, and may have; None if it sets no limit.
+
+    Of the limits on the way to the root, the one that leaves least.
+    """
+    found = []
+    for root, own in ((Path("/sys/fs/cgroup"), _own_cgroup()), (Path("/sys/fs/cgroup/pids"), _own_cgroup("pids"))):
+        # In a container the path may be the host's; its own limits are then at the root that it sees.
+        for group in {root, own, *own.parents}:
+            with contextlib.suppress(OSError, ValueError):  # "max", or no such file
+                limit = int((group / "pids.max").read_text())
+                found.append((int((group / "pids.current").read_text()), limit))
+    return min(found, key=lambda pair: pair[1] - pair[0], default=None)
+
+
+def threads_of_user() -> int:
+    """Return how many threads this user's processes have, as far as they can be seen."""
+    me = os.getuid()
+    count = 0
+    for entry in os.listdir("/proc") if Path("/proc").is_dir() else ():
+        if entry.isdigit():
+            with contextlib.suppress(OSError):  # gone
+                if os.stat(f"/proc/{entry}").st_uid == me:
+                    count += os.stat(f"/proc/{entry}/task").st_nlink - 2
+    return count
+
+
 def oom_kills() -> int:
     """Return how many processes the kernel has killed for want of memory, as far as this process can see.
 
@@ -222,10 +249,15 @@ def oom_kills() -> int:
     return total
 
 
-def _own_cgroup() -> Path:
-    """Return this process's cgroup directory (version 2), or a path that does not exist."""
-    try:
-        line = Path("/proc/self/cgroup").read_text().splitlines()[-1]
-    except (OSError, IndexError):
-        return Path("/sys/fs/cgroup/-")
-    return Path("/sys/fs/cgroup", line.rpartition(":")[2].lstrip("/"))
+def _own_cgroup(controller: str = "") -> Path:
+    """Return this process's cgroup directory, or a path that does not exist.
+
+    Args:
+        controller: One of version 1, such as "pids"; empty for version 2, where there is one directory for all.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controller in controllers.split(","):
+                return Path("/sys/fs/cgroup", controller, path.lstrip("/"))
+    return Path("/sys/fs/cgroup/-")

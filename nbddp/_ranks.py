@@ -32,6 +32,15 @@ PEER_GONE = re.compile(r"Connection closed by peer|Connection reset by peer|Brok
 _GATHER_SECONDS = 0.02
 _LITTLE = 1 << 15
 
+# Of the kernel's: a rank's socket, output, pidfd and log; and what a kernel has open anyway.
+_DESCRIPTORS_PER_RANK = 4
+_DESCRIPTORS_BESIDES = 100
+
+
+def descriptors(ranks: int) -> int:
+    """Return how many files the kernel must be allowed to have open to follow that many ranks."""
+    return ranks * _DESCRIPTORS_PER_RANK + _DESCRIPTORS_BESIDES
+
 
 @dataclass
 class RankState:

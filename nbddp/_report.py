@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbddp import _advice, _palette, _raised, _where
+from nbddp import _advice, _doctor, _palette, _raised, _where
 from nbddp._errors import LaunchError, RankError, RunLostError, RunTimeout
 from nbddp._paths import RunDir
 from nbddp._ranks import PEER_GONE, RankState, how_it_died, in_short, in_short_of_other, rank_list
@@ -26,6 +26,7 @@ class Circumstances:
         run_dir: Its files, still there.
         sources: The code that ran.
         ranks: How many ranks it had.
+        env: Their environment.
         timeout: The --timeout that it had.
         oom_kills: How many processes the system killed for want of memory during the run.
         known: Names that the notebook has and the ranks were not given.
@@ -36,6 +37,7 @@ class Circumstances:
     run_dir: RunDir
     sources: Sources
     ranks: int
+    env: Mapping[str, str]
     timeout: float | None
     oom_kills: int
     known: Iterable[str] = ()
@@ -47,6 +49,8 @@ def error_of(ending: Ending, run: Circumstances) -> BaseException:
     """Return the exception for a run that did not end well."""
     if ending.cause in ("interrupted", "timeout"):
         lines = _where.lines_of(ending.ranks, run.run_dir, run.sources) or ["no rank had started yet"]
+        if not all(state.in_cell or state.outcome for state in ending.ranks.values()) or not ending.ranks:
+            lines += _hindrances(run)
         if ending.cause == "interrupted":
             if ending.killed and ending.ranks:
                 lines.append("nbddp: not every rank ended by itself; those that did not were killed")
@@ -57,11 +61,17 @@ def error_of(ending: Ending, run: Circumstances) -> BaseException:
     if run.launcher is not None:
         return RunLostError("nbddp's launcher ended, and the run with it", notes=(run.launcher,))
     if ending.cause == "no ranks" or ending.first is None:
-        return LaunchError("torchrun could not start the ranks", notes=_last_words(run.run_dir))
+        notes = (*_last_words(run.run_dir), *_hindrances(run))
+        return LaunchError("torchrun could not start the ranks", notes=notes)
     said_nothing = ending.first.outcome is None and ending.first.failing is None
     if ending.agent_status is not None and ending.agent_status < 0 and said_nothing:
         return RunLostError(f"torchrun's agent {how_it_died(ending.agent_status)}, and the ranks with it")
     return _rank_error(ending, ending.first, run)
+
+
+def _hindrances(run: Circumstances) -> list[str]:
+    """Return what there is on this machine that keeps ranks from starting; a line each, as ``%ddp doctor`` has it."""
+    return [finding.line() for finding in _doctor.quick(run.env, run.ranks)]
 
 
 def interrupted(lines: Sequence[str], summary: str = "the run was interrupted") -> KeyboardInterrupt:

@@ -11,7 +11,7 @@ import contextlib
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -175,6 +175,11 @@ class Run:
     def ranks(self) -> int:
         """How many ranks the run has."""
         return self._launch.ranks
+
+    @property
+    def env(self) -> Mapping[str, str]:
+        """The ranks' environment."""
+        return self._launch.env
 
     # The loop.
 
