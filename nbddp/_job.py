@@ -60,17 +60,14 @@ class UnderWay:
     def stacks(self) -> list[str]:
         """Return where the ranks are at this moment, a line for each group that is at the same place."""
         states = self.run.states
-        before = {rank: _size(self.run_dir.stacks(rank)) for rank in states}
-        for state in states.values():
-            if not state.ended:
-                self.run.take_stack(state)
-        waited_for = {rank for rank, state in states.items() if not state.ended}
+        waited_for = [state for state in states.values() if not state.ended]
+        for state in waited_for:
+            self.run.take_stack(state)
         deadline = time.monotonic() + _STACK_SECONDS
         while waited_for and time.monotonic() < deadline:
             time.sleep(0.01)
-            waited_for = {rank for rank in waited_for if _size(self.run_dir.stacks(rank)) <= before[rank]}
-        time.sleep(0.01)  # for the rest of what is being written
-        return _where.lines_of(states, self.run_dir, self.sources, silent=waited_for)
+            waited_for = [state for state in waited_for if not _where.has_answered(state, self.run_dir)]
+        return _where.lines_of(states, self.run_dir, self.sources)
 
 
 # The runs that are under way in this process, shown or not.
@@ -341,13 +338,6 @@ class _Attempt:
             launcher=self.client.last_words() if run.launcher_died else None,
         )
         return error_of(ending, circumstances)
-
-
-def _size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:  # not made yet, or gone with the run
-        return 0
 
 
 def _ranks_of(count: int) -> str:

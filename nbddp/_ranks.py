@@ -57,6 +57,7 @@ class RankState:
         died: When it was seen to be gone without having said so.
         exitcode: How torchrun says that it ended, if it died.
         interrupted: Whether it was sent SIGINT.
+        stack_at: Where in its file the stack begins that it was last asked for.
         stopped: Whether it was ended by nbddp.
         asked: Whether it has been asked where it is, and has not answered.
         where: Where it last said that it is; see `nbddp._uplink._where`.
@@ -75,6 +76,7 @@ class RankState:
     died: float | None = None
     exitcode: int | None = None
     interrupted: bool = False
+    stack_at: int = 0
     stopped: bool = False
     where: dict[str, Any] = field(default_factory=dict)
     asked: bool = False

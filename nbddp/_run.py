@@ -8,6 +8,7 @@ torchrun, it can tell the first failure from its consequences, and need not wait
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import socket
 import time
@@ -20,6 +21,7 @@ from nbddp._agent import Launch
 from nbddp._loop import Loop
 from nbddp._memory import Meter
 from nbddp._panel import Panel
+from nbddp._paths import RunDir
 from nbddp._ranks import Ranks, RankState, in_short, rank_list
 from nbddp._relay import Relay
 from nbddp._screen import Screen
@@ -307,6 +309,8 @@ class Run:
 
     def take_stack(self, state: RankState) -> None:
         """Have a rank write the Python stack of its main thread to its file in the run directory."""
+        path = RunDir.from_environment(self._launch.run_dir).stacks(state.rank)
+        state.stack_at = os.stat(path).st_size if os.path.exists(path) else 0
         _process.signal_main_thread(state.pid, state.pidfd, STACK_SIGNAL)
 
     def _interrupt_rank(self, state: RankState) -> None:

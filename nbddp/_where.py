@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import sysconfig
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nbddp._paths import RunDir
@@ -83,24 +83,15 @@ class Sources:
         return code if len(code) <= _CODE_WIDTH else f"{code[: _CODE_WIDTH - 1]}…"
 
 
-def lines_of(
-    states: Mapping[int, RankState], run_dir: RunDir, sources: Sources, *, silent: Collection[int] = ()
-) -> list[str]:
-    """Return a line for each group of ranks that were at the same place when their stacks were taken.
+def lines_of(states: Mapping[int, RankState], run_dir: RunDir, sources: Sources) -> list[str]:
+    """Return a line for each group of ranks that were at the same place when their stacks were taken."""
+    return grouped({rank: _place_of(state, run_dir, sources) for rank, state in sorted(states.items())})
 
-    Args:
-        states: The ranks by number.
-        run_dir: The run's files: the stacks are there.
-        sources: The code that runs.
-        silent: Ranks that have written none.
-    """
-    return grouped(
-        {
-            rank: "does not answer; it is stopped, or the machine is very busy" if rank in silent
-            else _place_of(state, run_dir, sources)
-            for rank, state in sorted(states.items())
-        }
-    )  # fmt: skip
+
+def has_answered(state: RankState, run_dir: RunDir) -> bool:
+    """Tell whether a rank has written the stack that it was last asked for."""
+    # A whole one: it ends with a line, and faulthandler writes piece by piece.
+    return re.search(r"File .*\n$", _stack_text(state, run_dir)) is not None
 
 
 def grouped(texts: Mapping[int, str]) -> list[str]:
@@ -113,7 +104,7 @@ def grouped(texts: Mapping[int, str]) -> list[str]:
 
 def last_words(state: RankState, run_dir: RunDir, sources: Sources) -> list[str]:
     """Return what faulthandler wrote when a signal such as SIGSEGV ended the rank."""
-    text = _stack_text(state.rank, run_dir)
+    text = _stack_text(state, run_dir)
     at = text.rfind(_FATAL)
     if at < 0:
         return []
@@ -125,11 +116,14 @@ def last_words(state: RankState, run_dir: RunDir, sources: Sources) -> list[str]
 def _place_of(state: RankState, run_dir: RunDir, sources: Sources) -> str:
     if state.outcome is not None and not state.interrupted:
         return in_short(state)
-    frames = _frames(_stack_text(state.rank, run_dir))
+    text = _stack_text(state, run_dir)
+    frames = _frames(text)
+    if not (text or state.ended) or (not text and state.interrupted):
+        return "no answer: it is stopped, or the machine is very busy"
     if not state.in_cell:
         stage = next((_STAGES[f.function] for f in frames if f.function in _STAGES and _is_own(f.file)), "")
         return f"starting, {stage}" if stage else "starting"
-    return _place(frames, sources) if frames else "did not answer"
+    return _place(frames, sources) if frames else in_short(state)
 
 
 def _place(frames: Sequence[Frame], sources: Sources) -> str:
@@ -180,7 +174,9 @@ def _frames(text: str) -> list[Frame]:
     return frames
 
 
-def _stack_text(rank: int, run_dir: RunDir) -> str:
-    with contextlib.suppress(OSError), open(run_dir.stacks(rank), errors="replace") as file:
-        return file.read()
+def _stack_text(state: RankState, run_dir: RunDir) -> str:
+    """Return what a rank has written since its stack was last asked for."""
+    with contextlib.suppress(OSError), open(run_dir.stacks(state.rank), "rb") as file:
+        file.seek(state.stack_at)
+        return file.read().decode(errors="replace")
     return ""

@@ -45,7 +45,7 @@ def private_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
-def _kernels() -> Iterator[list[Kernel]]:
+def open_kernels() -> Iterator[list[Kernel]]:
     """Every kernel that is still open."""
     kernels: list[Kernel] = []
     yield kernels
@@ -54,9 +54,9 @@ def _kernels() -> Iterator[list[Kernel]]:
 
 
 @pytest.fixture(scope="session")
-def _shared_kernel(private_folders: Path, _kernels: list[Kernel]) -> Kernel:
+def _shared_kernel(private_folders: Path, open_kernels: list[Kernel]) -> Kernel:
     kernel = Kernel()
-    _kernels.append(kernel)
+    open_kernels.append(kernel)
     kernel.ok("%load_ext nbddp")
     return kernel
 
@@ -70,14 +70,14 @@ def kernel(_shared_kernel: Kernel) -> Iterator[Kernel]:
 
 
 @pytest.fixture
-def new_kernel(_kernels: list[Kernel]) -> Iterator[Callable[..., Kernel]]:
+def new_kernel(open_kernels: list[Kernel]) -> Iterator[Callable[..., Kernel]]:
     """Start kernels of a test's own; they are closed at its end."""
     own: list[Kernel] = []
 
     def start(load: bool = True, **options: object) -> Kernel:
         kernel = Kernel(**options)  # type: ignore[arg-type]
         own.append(kernel)
-        _kernels.append(kernel)
+        open_kernels.append(kernel)
         if load:
             kernel.ok("%load_ext nbddp")
         return kernel
@@ -85,7 +85,7 @@ def new_kernel(_kernels: list[Kernel]) -> Iterator[Callable[..., Kernel]]:
     yield start
     for kernel in own:
         kernel.close()
-        _kernels.remove(kernel)
+        open_kernels.remove(kernel)
 
 
 @pytest.fixture(scope="module")
@@ -126,18 +126,18 @@ def small_disk(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def left_behind(private_folders: Path, _kernels: list[Kernel]) -> Callable[[], list[str]]:
+def left_behind(private_folders: Path, open_kernels: list[Kernel]) -> Callable[[], list[str]]:
     """Return what there is at the moment that should not be there."""
-    return lambda: leftovers(private_folders, _kernels)
+    return lambda: leftovers(private_folders, open_kernels)
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(request: pytest.FixtureRequest, private_folders: Path, _kernels: list[Kernel]) -> Iterator[None]:
+def nothing_left(request: pytest.FixtureRequest, private_folders: Path, open_kernels: list[Kernel]) -> Iterator[None]:
     """After every test: no process, file, socket or changed environment but those of kernels that are still open."""
     environment = _environment()
     yield
     deadline = time.monotonic() + _GONE_SECONDS
-    while (left := leftovers(private_folders, _kernels)) and time.monotonic() < deadline:
+    while (left := leftovers(private_folders, open_kernels)) and time.monotonic() < deadline:
         time.sleep(0.05)
     if left:
         # The next test must not suffer for this one.

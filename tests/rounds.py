@@ -12,7 +12,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -177,10 +177,12 @@ class Series:
 
     Args:
         temp: This process's temporary directory, and the kernels'.
+        others: Kernels that are none of the rounds', and stay.
     """
 
-    def __init__(self, temp: Path) -> None:
+    def __init__(self, temp: Path, others: Sequence[Kernel] = ()) -> None:
         self._temp = temp
+        self._others = others
         self._folder = temp / "reached"
         self._kernel: Kernel | None = None
 
@@ -194,13 +196,14 @@ class Series:
         """Play a round."""
         if self._kernel is None:
             self._kernel = new_kernel()
-        result = _Round(plan, self._kernel, self._folder, self._temp).play()
+        result = _Round(plan, self._kernel, self._folder, self._temp, self._others).play()
         if result.problems or not self._kernel.alive():
             # The next round must not suffer for this one.
             self.close()
             for process in marked():
                 with contextlib.suppress(psutil.Error):
-                    process.kill()
+                    if process.ppid() not in {kernel.pid for kernel in self._others}:
+                        process.kill()
         return result
 
 
@@ -254,7 +257,8 @@ def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
 
 
 class _Round:
-    def __init__(self, plan: Plan, kernel: Kernel, folder: Path, temp: Path) -> None:
+    def __init__(self, plan: Plan, kernel: Kernel, folder: Path, temp: Path, others: Sequence[Kernel]) -> None:
+        self._others = others
         self._plan = plan
         self._kernel = kernel
         self._folder = folder
@@ -375,7 +379,11 @@ class _Round:
     def _left(self) -> list[str]:
         own = f"{os.sep}nbddp-{self._kernel.pid}-"
         # In /dev/shm there are other people's things.
-        return [ln for ln in leftovers(self._temp, [self._kernel]) if not ln.startswith("/dev/shm") or own in ln]
+        return [
+            ln
+            for ln in leftovers(self._temp, [self._kernel, *self._others])
+            if not ln.startswith("/dev/shm") or own in ln
+        ]
 
     # (c) The next cell simply works.
 

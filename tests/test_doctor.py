@@ -78,7 +78,9 @@ def test_a_sound_machine(kernel: Kernel) -> None:
 
 
 def test_it_takes_no_arguments_and_the_help_has_it(kernel: Kernel) -> None:
-    assert "there are only %ddp log, status, results, explain and doctor" in kernel.run("%ddp doctor now").stderr
+    assert (
+        "there are only %ddp log, status, stacks, results, explain and doctor" in kernel.run("%ddp doctor now").stderr
+    )
     assert "%ddp doctor" in kernel.ok("%ddp -h").text
 
 
@@ -260,10 +262,11 @@ def test_an_all_reduce_that_hangs(kernel: Kernel) -> None:
     kernel.ok("probe._CELL, probe.DEADLINES['gloo'] = cell, 10.0")
     line = finding(reply.text, "all-reduce")
     assert line.startswith(
-        "bad all-reduce gloo, 2 ranks on the CPU: not done at the deadline of 2 s; rank 0: at torch."
+        "bad all-reduce gloo, 2 ranks on the CPU: not done at the deadline of 2 s; rank 0: waiting in all_reduce "
     )
     assert re.search(
-        r"rank 0: at torch.distributed.all_reduce\(total\), in .*; rank 1: at import time; time.sleep", line
+        r"on line \d of the check: torch.distributed.all_reduce\(total\); rank 1: on line \d of the check: .*sleep",
+        line,
     )
     assert "--env TORCH_CPP_LOG_LEVEL=INFO --timeout 60; %ddp log" in line
     assert reply.text.endswith("nbddp: 1 thing to look at, which would stop a run\n")

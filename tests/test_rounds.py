@@ -5,14 +5,17 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+from tests.kernel import Kernel
 from tests.rounds import Plan, Series
 
 ROUNDS = 10
 
 
-def test_whatever_is_hit_nothing_is_left_and_the_next_cell_works(private_folders: Path) -> None:
+def test_whatever_is_hit_nothing_is_left_and_the_next_cell_works(
+    private_folders: Path, open_kernels: list[Kernel]
+) -> None:
     seed = random.SystemRandom().randrange(10**6)
-    series = Series(private_folders)
+    series = Series(private_folders, open_kernels)
     try:
         results = [series.play(Plan.draw(seed, number)) for number in range(ROUNDS)]
     finally:

@@ -86,14 +86,14 @@ def test_a_rank_that_does_not_answer(kernel: Kernel) -> None:
         rank = next(p for p in launcher_of(kernel).children(recursive=True) if p.name() == "nbddp-rank1")
         os.kill(rank.pid, signal.SIGSTOP)
 
-    kernel.ok("ask_for('rank 0: on line', 'does not answer')")
+    kernel.ok("ask_for('rank 0: on line', 'no answer')")
     reply = kernel.run_and("%%ddp --cpus 2\nimport time\nprint('up', flush=True)\ntime.sleep(60)", "[rank 1] up", stop)
     kernel.ok("%config DDPMagics.grace = 5")
     assert kernel.get("answers[-1].splitlines()") == [
         "rank 0: on line 4 of the cell: time.sleep(60)",
-        "rank 1: does not answer; it is stopped, or the machine is very busy",
+        "rank 1: no answer: it is stopped, or the machine is very busy",
     ]
-    assert "rank 1: did not answer" in reply.traceback
+    assert "rank 1: no answer: it is stopped" in reply.traceback
 
 
 def test_ranks_that_do_not_begin(new_kernel: Callable[..., Kernel]) -> None:
