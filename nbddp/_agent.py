@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -120,6 +121,7 @@ def _torchrun(arguments: list[str]) -> list[tuple[int, int]]:
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    _look_no_names_up()
     config, command, command_arguments = torchrun.config_from_args(_parse(arguments))
     if hasattr(config, "numa_options"):
         config.numa_options = None
@@ -128,6 +130,17 @@ def _torchrun(arguments: list[str]) -> list[tuple[int, int]]:
     except ChildFailedError as error:
         return [(rank, failure.exitcode) for rank, failure in error.failures.items()]
     return []
+
+
+def _look_no_names_up() -> None:
+    """Keep torchrun from asking a name server for this host's name, which it wants for its logs only.
+
+    A server that does not answer would cost each cell 20 seconds.
+    """
+    from torch.distributed.elastic.agent.server import api
+
+    if hasattr(api, "_get_fq_hostname"):
+        api._get_fq_hostname = socket.gethostname
 
 
 def _parse(arguments: list[str]) -> Any:

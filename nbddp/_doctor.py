@@ -110,7 +110,7 @@ def _of_machine(env: Mapping[str, str], ranks: int, seconds: float) -> list[tupl
         ("processes", partial(_checks.processes, ranks)),
         ("limits", _checks.other_limits),
         ("cores", partial(_checks.cores, env, ranks)),
-        ("host name", partial(_network.host_name, env, seconds)),
+        ("host name", partial(_network.host_name, seconds)),
         ("loopback", _network.loopback),
         ("interfaces", partial(_network.interfaces, env)),
     ]

@@ -48,8 +48,11 @@ _HOST = """
 _PEER = "socket.getnameinfo(('::ffff:127.0.0.1', 80, 0, 0), socket.NI_NUMERICSERV)"
 
 
-def host_name(env: Mapping[str, str], seconds: float) -> Finding:
-    """Look up what torch looks up when a run starts; a name server that keeps silent makes every run wait for it."""
+def host_name(seconds: float) -> Finding:
+    """Look up what torch looks up: a name server that keeps silent makes its store, and other launchers, wait.
+
+    nbddp's own process group needs no names.
+    """
     name = socket.gethostname()
     began = time.monotonic()
     answers = _answers([_HOST, _PEER], seconds)
@@ -57,18 +60,18 @@ def host_name(env: Mapping[str, str], seconds: float) -> Finding:
     mend = "or mend the name servers in /etc/resolv.conf"
     if answers[0] is None:
         return Finding(
-            "bad",
+            "warn",
             "host name",
-            f"looking up {name}, the name of this machine, takes longer than {seconds:g} s; every run waits for that",
+            f"looking up {name}, the name of this machine, takes longer than {seconds:g} s; nbddp's runs do not wait "
+            "for that, cells that call init_process_group and other launchers may",
             f"Add the line '127.0.1.1 {name}' to /etc/hosts, {mend}",
         )
     if answers[1] is None:
-        forked = _settings.START_METHOD not in env
         return Finding(
-            "warn" if forked else "bad",
+            "warn",
             "host name",
-            f"looking up the name of ::ffff:127.0.0.1 takes longer than {seconds:g} s; "
-            "ranks that are new interpreters wait for that at each connection",
+            f"looking up the name of ::ffff:127.0.0.1 takes longer than {seconds:g} s; cells that call "
+            "init_process_group wait for that at each connection to torch's store",
             f"Add the line '::ffff:127.0.0.1 localhost' to /etc/hosts, {mend}",
         )
     if not (addresses := answers[0].split()):
@@ -153,7 +156,8 @@ def interfaces(env: Mapping[str, str]) -> list[Finding]:
 
 def _gloo_has(value: str, there: Iterable[str]) -> bool:
     """Tell whether there are all the interfaces that gloo is told to use: names, separated by commas."""
-    return set(value.split(",")) <= set(there)
+    # torch ignores a value of one character.
+    return len(value) == 1 or set(value.split(",")) <= set(there)
 
 
 def _nccl_has(value: str, there: Iterable[str]) -> bool:

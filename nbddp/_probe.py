@@ -7,6 +7,7 @@ again with what is known to get around the usual causes, and the finding says wi
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -45,6 +46,7 @@ gpus = range(torch.cuda.device_count() if device.type == "cuda" else 0)
 apart = [(a, b) for a in gpus for b in gpus if a < b and not torch.cuda.can_device_access_peer(a, b)]
 """
 _SUBJECT = "all-reduce"
+_LINE = re.compile(r"on line \d+ of the cell: ")
 
 
 @dataclass(frozen=True)
@@ -170,16 +172,13 @@ class _AllReduce:
         try:
             self.seen = self._perform({})
         except RunTimeout as error:
-            at = "; ".join(getattr(error, "__notes__", ())).replace("of the cell", "of the check")
+            at = _LINE.sub("at ", "; ".join(getattr(error, "__notes__", ())))
             said = f"not done at the deadline of {self._seconds():g} s; {at}"
         except LaunchError as error:
             # It says itself what to do.
             return Finding("bad", _SUBJECT, f"{where}: {error}")
         except NbddpError as error:
-            raised = (
-                f"rank {error.rank}: {error.exception}: " if isinstance(error, RankError) and error.original else ""
-            )
-            said = f"{raised}{error}".rstrip(".")
+            said = _raised(error)
         else:
             if not (wrong := self.seen["wrong"]):
                 version = f"NCCL {self.seen['nccl']}, " if self.seen["nccl"] else ""
@@ -236,6 +235,14 @@ class _AllReduce:
                     return f"It works with {settings}: {remedy.meaning}"
         variable, whose = ("NCCL_DEBUG", "NCCL") if self.backend == "nccl" else ("TORCH_CPP_LOG_LEVEL", "torch")
         return f"Run a cell with --env {variable}=INFO --timeout 60; %ddp log then has {whose}'s own words"
+
+
+def _raised(error: NbddpError) -> str:
+    """Return what went wrong; what a rank has raised comes with that exception's own message alone."""
+    text = f"{error}".rstrip(".")
+    if isinstance(error, RankError) and error.exception is not None and error.exception not in text:
+        return f"rank {error.rank} raised {error.exception}: {text}"
+    return text
 
 
 def _peers(seen: Mapping[str, Any], gpus: int) -> Finding:

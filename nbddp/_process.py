@@ -65,6 +65,13 @@ def send_signal(pid: int, pidfd: int | None, signum: int) -> None:
         pass
 
 
+def _is_readable(fd: int) -> bool:
+    # Not select, which knows numbers below 1024 only.
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(0))
+
+
 def signal_main_thread(pid: int, pidfd: int | None, signum: int) -> None:
     """Signal a process so that its main thread is the one to handle it.
 
@@ -74,7 +81,7 @@ def signal_main_thread(pid: int, pidfd: int | None, signum: int) -> None:
     """
     if hasattr(_libc, "tgkill"):
         # By pid, so see first that it is still the same process; its parent cannot have reaped it in between.
-        if pidfd is not None and select.select([pidfd], [], [], 0)[0]:
+        if pidfd is not None and _is_readable(pidfd):
             return
         _libc.tgkill(pid, pid, signum)
     else:
@@ -198,13 +205,23 @@ def available_memory() -> int:
         lines = Path("/proc/meminfo").read_text().splitlines()
         room = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
     for group in {Path("/sys/fs/cgroup"), _own_cgroup()}:
-        with contextlib.suppress(OSError, ValueError):  # no such limit ("max"), or another version
-            limit = int((group / "memory.max").read_text())
-            used = int((group / "memory.current").read_text())
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            # Cached files give way.
-            room = min(room, limit - used + int(stat.get("inactive_file", 0)))
+        room = min(room, _room(group, "memory.max", "memory.current", "inactive_file"))
+    # Version 1 of cgroups; "no limit" is a very large one there.
+    for group in {Path("/sys/fs/cgroup/memory"), _own_cgroup("memory")}:
+        names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        room = min(room, _room(group, *names))
     return max(room, 0)
+
+
+def _room(group: Path, limit: str, usage: str, cached: str) -> int:
+    """Return how many bytes a cgroup leaves; a very large number if it sets no limit."""
+    try:
+        most, used = (int((group / name).read_text()) for name in (limit, usage))
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no such limit ("max"), or another version
+        return sys.maxsize
+    # Cached files give way.
+    return most - used + int(stat.get(cached, 0))
 
 
 def process_limit() -> tuple[int, int] | None:
@@ -240,7 +257,13 @@ def oom_kills() -> int:
     Counts the whole machine and this process's cgroup; only a rise between two calls means anything.
     """
     total = 0
-    for path in (Path("/proc/vmstat"), Path("/sys/fs/cgroup/memory.events"), _own_cgroup() / "memory.events"):
+    version_1 = _own_cgroup("memory") / "memory.oom_control"
+    for path in (
+        Path("/proc/vmstat"),
+        Path("/sys/fs/cgroup/memory.events"),
+        _own_cgroup() / "memory.events",
+        version_1,
+    ):
         try:
             lines = path.read_text().splitlines()
         except OSError:

@@ -165,7 +165,7 @@ RANKS = [
     _one_fails("SIGKILL", "os.kill(os.getpid(), 9)", (r"RankError: rank 1 of \d was killed by signal 9 \(SIGKILL\)", OTHERS), "RankError"),
     _one_fails("os._exit(0) before the end", "os._exit(0)", (r"RankError: rank 1 of \d left .*before the end of the cell", OTHERS), "RankError"),
     _one_fails("no memory left: the allocation fails", "import resource, torch; resource.setrlimit(resource.RLIMIT_AS, (64 << 30, -1)); torch.ones(1 << 36)",
-               (r"RuntimeError: .*not enough memory.*", r"rank 1 of \d raised this", r"Less data per rank, .*"), "RuntimeError"),
+               (r"RuntimeError: .*can't allocate memory: .*", r"rank 1 of \d raised this", r"Less data per rank, .*"), "RuntimeError"),
     Fault("Ranks", "one never comes to the collective, with --timeout", "import time\nif rank == 1:\n    time.sleep(60)\ndist.barrier()",
           (r"RunTimeout: the run was stopped after --timeout 3 seconds",
            r"ranks? 0(, 2-3)?: waiting in barrier on line 5 of the cell: dist\.barrier\(\)", r"rank 1: on line 4 of the cell: time\.sleep\(60\)"),

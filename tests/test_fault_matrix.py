@@ -5,17 +5,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.faults import ROWS, Fault
 from tests.kernel import Kernel, Reply
-from tests.test_lifecycle import SHELL_STATE
+from tests.test_lifecycle import SHELL_STATE, launcher_of
 
 TABLE = Path(__file__).parent.parent / "docs" / "faults.md"
 
@@ -112,6 +116,64 @@ def test_fault(
     assert kernel.get(f"[k for k in {keys!r} if state[k] != shell_state()[k]]") == []
     assert kernel.ok("%%ddp --cpus 2\nprint('works')").lines == ["[rank 0] works", "[rank 1] works"]
     measured[row, ranks] = seconds, gone, quoted
+
+
+@pytest.fixture
+def little_memory(new_kernel: Callable[..., Kernel]) -> Iterator[Kernel]:
+    """A kernel that, with all that it starts, may use 1.5 GB."""
+    kernel = new_kernel()
+    kernel.ok("%%ddp --cpus 1\npass")
+    name = f"nbddp-test-{kernel.pid}"
+    if Path("/sys/fs/cgroup/memory").is_dir():
+        group, limit = Path("/sys/fs/cgroup/memory", name), "memory.limit_in_bytes"
+    else:
+        group, limit = Path("/sys/fs/cgroup", name), "memory.max"
+    try:
+        group.mkdir()
+        (group / limit).write_text(str(3 << 29))
+        for pid in (kernel.pid, launcher_of(kernel).pid):
+            (group / "cgroup.procs").write_text(str(pid))
+    except OSError as error:
+        pytest.skip(f"NOT TESTED: a process that the system kills for want of memory; making a cgroup fails: {error}")
+    yield kernel
+    kernel.close()
+    deadline = time.monotonic() + 5
+    while group.is_dir() and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            group.rmdir()
+        time.sleep(0.05)
+
+
+def test_a_rank_that_is_killed_for_want_of_memory(little_memory: Kernel) -> None:
+    reply = little_memory.run(
+        "%%ddp --cpus 2\nimport time\nif rank == 1:\n    held = [bytearray(1 << 28) for _ in range(20)]\n"
+        "    held = [bytes(b'x' * (1 << 28)) for _ in range(20)]\ntime.sleep(60)"
+    )
+    assert reply.message == "rank 1 of 2 was killed by signal 9 (SIGKILL)"
+    assert "The system killed a process for want of memory during this run. Less data per rank" in reply.traceback
+    assert little_memory.ok("%%ddp --cpus 2\nprint('works')").lines == ["[rank 0] works", "[rank 1] works"]
+
+
+def test_a_kernel_that_is_killed_for_want_of_memory(little_memory: Kernel) -> None:
+    little_memory.client.execute("%%ddp --cpus 2\nimport time\nprint('up', flush=True)\ntime.sleep(100)")
+    deadline = time.monotonic() + 20
+    while len(processes := psutil.Process(little_memory.pid).children(recursive=True)) < 4:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    launcher = launcher_of(little_memory)
+    # As a notebook that loads too much does, while a run goes on: the kernel is the largest process then.
+    Path(f"/proc/{little_memory.pid}/oom_score_adj").write_text("1000")
+    hog = subprocess.Popen([sys.executable, "-c", "import os, sys; input(); x = [b'x' * (1 << 28) for _ in range(20)]"],
+                           stdin=subprocess.PIPE)  # fmt: skip
+    group = next(
+        line for line in Path(f"/proc/{little_memory.pid}/cgroup").read_text().splitlines() if "nbddp-test" in line
+    )
+    root = Path("/sys/fs/cgroup/memory") if "memory" in group else Path("/sys/fs/cgroup")
+    (root / group.rpartition(":")[2].lstrip("/") / "cgroup.procs").write_text(str(hog.pid))
+    hog.communicate(b"\n")
+    _, alive = psutil.wait_procs([launcher, *processes], timeout=2)
+    assert not alive
+    assert not little_memory.alive()
 
 
 def test_the_table_has_every_row() -> None:
