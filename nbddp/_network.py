@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-from nbddp import _devices, _settings
+from nbddp import _devices
 from nbddp._findings import Finding
 
 _LOOPBACK_SECONDS = 1.0

@@ -54,6 +54,17 @@ def open_pidfd(pid: int) -> int | None:
         return None
 
 
+def exit_status(pid: int) -> int | None:
+    """Return how a process has ended that its parent has not yet taken note of: a status, or minus a signal."""
+    try:
+        stat = Path("/proc", str(pid), "stat").read_bytes()
+        fields = stat[stat.rindex(b")") + 2 :].split()
+        # The third field of all is the first here; the last but one, the 52nd, is what wait() will return.
+        return os.waitstatus_to_exitcode(int(fields[49])) if fields[0] == b"Z" else None
+    except (OSError, ValueError, IndexError):  # gone, or a system without such files
+        return None
+
+
 def send_signal(pid: int, pidfd: int | None, signum: int) -> None:
     """Signal a process; by `pidfd` where there is one, since its pid may have been given to another meanwhile."""
     try:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-from nbddp import _wire
+from nbddp import _process, _wire
 from nbddp._loop import Loop
 from nbddp._relay import Relay
 
@@ -55,7 +55,7 @@ class RankState:
         ended: Whether it has said that nothing more comes, or is gone.
         ended_at: When that was.
         died: When it was seen to be gone without having said so.
-        exitcode: How torchrun says that it ended, if it died.
+        exitcode: How it ended, if it died.
         interrupted: Whether it was sent SIGINT.
         stack_at: Where in its file the stack begins that it was last asked for.
         stopped: Whether it was ended by nbddp.
@@ -80,6 +80,11 @@ class RankState:
     stopped: bool = False
     where: dict[str, Any] = field(default_factory=dict)
     asked: bool = False
+
+    @property
+    def is_telling(self) -> bool:
+        """Whether it has failed and is about to say how."""
+        return self.failing is not None and self.outcome is None and not self.ended
 
     @property
     def message(self) -> str:
@@ -314,6 +319,8 @@ class Ranks:
         if not state.ended:
             state.died = state.ended_at = time.monotonic()
             state.ended = True
+            # torchrun will say so, too, but later, and not of ranks that it starts again.
+            state.exitcode = _process.exit_status(state.pid)
         self._ignore_output(state)
         self._loop.unwatch(state.inbox.sock)
 

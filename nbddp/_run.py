@@ -25,7 +25,7 @@ from nbddp._paths import RunDir
 from nbddp._ranks import Ranks, RankState, in_short, rank_list
 from nbddp._relay import Relay
 from nbddp._screen import Screen
-from nbddp._stop import InterruptGate, Ladder, Step
+from nbddp._stop import TELL_SECONDS, InterruptGate, Ladder, Step
 from nbddp._uplink import STACK_SIGNAL
 
 # Seconds that torchrun has to say how a rank died, and, after the failed ranks are gone, to start them all again,
@@ -37,6 +37,9 @@ _RESTART_SECONDS = {"fork": 40.0, "spawn": 160.0}
 # Seconds after which a line says that ranks have not begun the cell. Joining takes the first of a hundred ranks, on two
 # cores, ten.
 _SLOW_START_SECONDS = 30.0
+
+# Seconds between two looks at whether ranks that have failed have said how.
+_PUT_OFF_SECONDS = 0.02
 
 # Seconds to wait for the launcher's word that all is gone; it needs milliseconds.
 _END_SECONDS = 15.0
@@ -146,6 +149,7 @@ class Run:
             elif self._cause == "interrupted" and self._all_done():
                 # The cell has caught the KeyboardInterrupt on every rank and gone on to its end, as any cell may.
                 self._cause = "done"
+                self._gate.presses = 0
             self._name_deaths()
             self._ranks.times["all reported"] = time.monotonic()
             self._let_go()
@@ -232,8 +236,8 @@ class Run:
         if self._ladder is None and (failed := self._ranks.failed):
             attempt = self._ranks.attempt
             if attempt < self._launch.max_restarts and self._announced < attempt:
-                if not (failed[0].ended or failed[0].outcome):
-                    return  # it is about to say how
+                if failed[0].is_telling:
+                    return
                 self._announced = attempt
                 self._relay.say(
                     f"nbddp: rank {failed[0].rank} failed ({in_short(failed[0])}); "
@@ -241,6 +245,11 @@ class Run:
                 )
             elif not self._may_restart():
                 self._stop("failed", Ladder.of_failure())
+        telling = [state for state in self._ranks.states.values() if state.is_telling]
+        if self._ladder is not None and self._cause == "failed" and self._ladder.due <= time.monotonic() and telling:
+            first = min(state.failed_at or 0.0 for state in telling)
+            if time.monotonic() < first + TELL_SECONDS:
+                self._ladder.put_off(_PUT_OFF_SECONDS)
         while self._ladder is not None and (step := self._ladder.take()) is not None:
             self._take(step)
 

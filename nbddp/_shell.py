@@ -11,6 +11,7 @@ import ast
 import atexit
 import base64
 import contextlib
+import inspect
 import io
 import os
 import signal
@@ -45,7 +46,7 @@ _FOLDED = tuple(os.path.join(os.path.dirname(m.__file__ or ""), "") for m in (to
 
 
 # Of a long traceback, how many frames are shown at its beginning, and at its end.
-_ENDS_SHOWN = 20
+_ENDS_SHOWN = 10
 
 
 def _print_plain(
@@ -216,7 +217,10 @@ class RankShell(InteractiveShell):
         return bool(await super().run_code(*args, **kwargs))
 
     def _name_cells(self, cells: Mapping[str, int | None]) -> None:
-        """Have tracebacks call the notebook's cells ``In[N]``."""
+        """Have tracebacks call the notebook's cells ``In[N]``, and find them."""
+        for name in cells:
+            # Or inspect looks for a file of that name through thousands of modules, for each frame.
+            inspect.modulesbyfile[os.path.normcase(os.path.abspath(name))] = "__main__"  # type: ignore[attr-defined]
         self._cells = {name: number for name, number in cells.items() if number is not None}
         # Where IPython has this table it does so by itself; elsewhere (IPython 7) the text is replaced.
         getattr(self.compile, "_filename_map", {}).update(self._cells)

@@ -20,6 +20,10 @@ GRACE_SECONDS = 5.0
 # that they were stopped; a broken collective raises within milliseconds.
 SETTLE_SECONDS = 0.15
 
+# Seconds that a rank which has failed has to say how: torchrun ends all ranks as soon as one is gone, so those that it
+# need not hear of are let live so long.
+TELL_SECONDS = 4.0
+
 # Seconds that a rank which has reported its end has for threads and exit handlers.
 EXIT_SECONDS = 5.0
 
@@ -70,6 +74,10 @@ class Ladder:
     def of_impatience(cls) -> Ladder:
         """The user has interrupted again, or no rank is there yet that could clean up."""
         return cls([(time.monotonic(), Step.KILL)])
+
+    def put_off(self, seconds: float) -> None:
+        """Take all steps that remain so much later."""
+        self.steps = [(at + seconds, step) for at, step in self.steps]
 
     @property
     def due(self) -> float:
