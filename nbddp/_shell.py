@@ -220,7 +220,7 @@ class RankShell(InteractiveShell):
         """Have tracebacks call the notebook's cells ``In[N]``, and find them."""
         for name in cells:
             # Or inspect looks for a file of that name through thousands of modules, for each frame.
-            inspect.modulesbyfile[os.path.normcase(os.path.abspath(name))] = "__main__"  # type: ignore[attr-defined]
+            inspect.modulesbyfile[os.path.normcase(os.path.abspath(name))] = "__main__"
         self._cells = {name: number for name, number in cells.items() if number is not None}
         # Where IPython has this table it does so by itself; elsewhere (IPython 7) the text is replaced.
         getattr(self.compile, "_filename_map", {}).update(self._cells)
