@@ -31,6 +31,7 @@ import subprocess
 import sys
 import time
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -43,6 +44,9 @@ GOODBYE = b"q"
 
 # Seconds that a run whose ranks have all reported has to end by itself. Longest is NCCL's clean-up.
 _FINISH_SECONDS = 10.0
+
+# How often, in seconds, the launcher looks during an import whether the kernel is there.
+_LOOK_SECONDS = 0.1
 
 # What the first optimizer or DDP module in a process imports, and IPython's tracebacks: over a second in all, for each
 # rank. In pieces, so that a cell that comes in between waits for one of them only.
@@ -98,12 +102,14 @@ class Launcher:
         if kernel is not None:
             self._selector.register(kernel, selectors.EVENT_READ, self._stop)
         try:
-            import_for_ranks(os.path.join(self._session, "tmp"))
+            with self._watching_the_kernel():
+                import_for_ranks(os.path.join(self._session, "tmp"))
             to_import = list(_FOR_TRAINING)
             while self._open:
                 self._step(0.0 if to_import and self._is_idle() else self._timeout())
                 if to_import and self._is_idle():
-                    import_if_there(to_import.pop(0))
+                    with self._watching_the_kernel():
+                        import_if_there(to_import.pop(0))
                     if not to_import:
                         make_ready_to_fork()
         finally:
@@ -111,6 +117,24 @@ class Launcher:
             # After an exception the log in there is what the kernel has to show.
             if not (self._open or self._session_goes_on):
                 remove_session(self._session)
+
+    @contextlib.contextmanager
+    def _watching_the_kernel(self) -> Iterator[None]:
+        """Leave by SystemExit if the kernel dies: an import takes seconds, and nobody is in the loop to see it."""
+
+        def look(*_: object) -> None:
+            if os.getppid() != self._kernel:
+                self._stop()
+                raise SystemExit
+
+        signal.signal(signal.SIGALRM, look)
+        signal.siginterrupt(signal.SIGALRM, False)
+        signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS, _LOOK_SECONDS)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
     def _is_idle(self) -> bool:
         """Tell whether nobody waits for anything: runs that are only being cleaned up do not count."""
