@@ -46,7 +46,7 @@ GOODBYE = b"q"
 _FINISH_SECONDS = 10.0
 
 # Seconds between two looks for the kernel while this process imports.
-_LOOK_SECONDS = 0.2
+_LOOK_SECONDS = 0.1
 
 # What the first optimizer or DDP module in a process imports, and IPython's tracebacks: over a second in all, for each
 # rank. In pieces, so that a cell that comes in between waits for one of them only.
@@ -122,16 +122,17 @@ class Launcher:
     def _ending_with_kernel(self) -> Iterator[None]:
         """Look for the kernel's death while this process imports, which takes seconds, and does not come by the loop.
 
-        There are no runs then, or they are over. (A signal at the parent's death is none for this: it is sent when the
-        thread ends that has started this process.)
+        (A signal at the parent's death is none for this: it is sent when the thread ends that has started this process.)
         """
 
         def look(*_: Any) -> None:
             if os.getppid() != self._kernel:
+                self._kill_everything()
                 remove_session(self._session)
                 os._exit(0)
 
         before = signal.signal(signal.SIGALRM, look)
+        signal.siginterrupt(signal.SIGALRM, False)
         signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS, _LOOK_SECONDS)
         try:
             yield

@@ -376,7 +376,9 @@ class Run:
         """Wait for torchrun's word on how ranks died that said nothing."""
         deadline = time.monotonic() + _AGENT_SECONDS
         while (
-            any(s.died is not None and not s.stopped and s.exitcode is None for s in self._ranks.states.values())
+            # After an interrupt nobody asks how, and torchrun may wait for what hangs.
+            self._cause == "failed"
+            and any(_nothing_is_known_of(state) for state in self._ranks.states.values())
             and not (self._ranks.agent_ended or self._launcher_ended)
             and time.monotonic() < deadline
         ):
@@ -428,3 +430,7 @@ class Run:
             self._refusal,
             self._ranks.times,
         )
+
+
+def _nothing_is_known_of(state: RankState) -> bool:
+    return state.died is not None and state.outcome is None and not state.stopped and state.exitcode is None

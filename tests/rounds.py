@@ -50,7 +50,7 @@ _BODIES = {
     "launching": _RUN_ON,
     "running": _RUN_ON,
     "collective": "reached()\nif rank:\n    dist.barrier()\nelse:\n    time.sleep(600)",
-    "results": "big = torch.ones(1 << 26)\nreached()",
+    "results": "big = torch.ones(1 << 25)\nreached()",
     "ending": "atexit.register(reached, 0.3)",
 }
 
@@ -144,7 +144,8 @@ class Plan:
                 # It ignores SIGINT; and if the run has not begun, another one begins it.
                 return self.signum != signal.SIGINT and self.stage in ("running", "collective")
             case "agent":
-                return True
+                # It ignores SIGINT, as the launcher does, until torchrun has installed its handlers.
+                return self.signum != signal.SIGINT or self.stage != "launching"
             case "rank":
                 # In a collective, Python's handler has to wait; and a rank that is starting may be in C++, too.
                 return self.signum != signal.SIGINT or self.stage == "running"
@@ -390,7 +391,9 @@ class _Round:
     def _run_another(self) -> None:
         if self._kernel.alive():
             request = self._kernel.ask("%%ddp --cpus 2\nprint('again')")
-            if not self._over(request, _AT_MOST) or request.reply.status != "ok":
+            over = self._over(request, _AT_MOST)
+            # SIGTERM may have come so late that the kernel ends only now.
+            if not over or (self._kernel.alive() and request.reply.status != "ok"):
                 self._result.problems.append(f"the next cell: {_shown(request)}")
             # What is left of it must not be taken for the next round's.
             wait_for(lambda: not self._left(), _GONE_IF_STOPPED)

@@ -108,6 +108,18 @@ def test_a_stopped_launcher_holds_nothing_up(kernel: Kernel) -> None:
     assert kernel.ok("%%ddp --cpus 1\nprint('fine')", timeout=20).text == "fine\n"
 
 
+def test_torchrun_is_not_waited_for(kernel: Kernel) -> None:
+    pressed: list[float] = []
+    reply = kernel.run_and(
+        "%%ddp --cpus 1\nimport os, signal, time\nos.kill(os.getppid(), signal.SIGSTOP)\n"
+        "try:\n    print('up')\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    os._exit(3)",
+        "up",
+        lambda: (pressed.append(time.monotonic()), kernel.interrupt()),
+    )
+    assert reply.error == "KeyboardInterrupt"
+    assert time.monotonic() - pressed[0] < 2.5
+
+
 def test_while_capturing(kernel: Kernel) -> None:
     kernel.ok(
         "import time\nclass Slow:\n    def __reduce__(self):\n        time.sleep(30)\n"

@@ -143,8 +143,11 @@ def test_a_killed_launcher_is_replaced(new_kernel: Callable[..., Kernel]) -> Non
     assert kernel.ok("%%ddp --cpus 1\nprint('fine')").text == "fine\n"
 
 
-def test_a_kernel_killed_while_the_launcher_imports(new_kernel: Callable[..., Kernel]) -> None:
-    kernel = new_kernel()
+def test_a_kernel_killed_while_the_launcher_imports(new_kernel: Callable[..., Kernel], tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("import time\nwhile True:\n    time.sleep(0.01)")
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    kernel = new_kernel(env={"PYTHONPATH": path})
+    time.sleep(1)
     process = launcher_of(kernel)
     kernel.kill()
     process.wait(timeout=2)
