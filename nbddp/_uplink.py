@@ -73,6 +73,12 @@ class Uplink:
             os.close(fd)
         # A worker process must not keep the connection of a dead rank open.
         os.register_at_fork(after_in_child=self._sock.close)
+
+    def listen(self) -> None:
+        """Listen for interrupts.
+
+        Not from the start: where no thread can be started the notebook is to be told so.
+        """
         threading.Thread(target=self._listen, name="nbddp", daemon=True).start()
 
     def _listen(self) -> None:
