@@ -99,7 +99,11 @@ class Run:
         self._grace = grace
         self._wait_until_gone = wait_until_gone
         self._loop = Loop()
-        self._ranks = Ranks(server, self._loop, relay, arrived=self._arrived, began=self._began)
+        try:
+            self._ranks = Ranks(server, self._loop, relay, arrived=self._arrived, began=self._began)
+        except OSError:
+            self._loop.close()
+            raise
         self.panel = Panel(self._ranks, launch.ranks, relay.outputs, screen, meter)
         self._announced = -1  # the attempt whose failure the user has been told of
         self._ladder: Ladder | None = None
