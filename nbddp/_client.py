@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 
-from nbddp import _process, _settings, _wire
+from nbddp import _limits, _process, _settings, _wire
 from nbddp._errors import LaunchError
 from nbddp._launcher import GOODBYE
 from nbddp._paths import Session, sweep
@@ -61,7 +61,7 @@ class Client:
                     return []
                 changed = sorted({name for name, _ in wanted.items() ^ self._started_with.items()})
             self._stop_launcher()
-            ours, theirs = socket.socketpair()
+            ours, theirs = _socketpair()
             command = _COMMAND.format(
                 path=_path_for_launcher(), kernel=os.getpid(), session=session.root, control=theirs.fileno()
             )
@@ -82,7 +82,7 @@ class Client:
                     )
             except OSError as error:
                 ours.close()
-                raise LaunchError(f"cannot start the launcher: {error}") from error
+                raise _cannot_start(error) from error
             self._control = ours
             self._started_with = wanted
             return changed
@@ -119,7 +119,9 @@ class Client:
             for attempt in (1, 2):
                 self.start(env)
                 assert self._control is not None
-                ours, theirs = socket.socketpair()
+                assert self._process is not None
+                _limits.share(self._process.pid)
+                ours, theirs = _socketpair()
                 with theirs:
                     try:
                         socket.send_fds(self._control, [b"c"], [theirs.fileno()])
@@ -147,7 +149,15 @@ class Client:
         if self._session is not None and self._session.pid != os.getpid():
             self._session = self._process = self._control = None
 
-    def end_leftovers(self) -> None:
+    def give_up_launcher(self) -> None:
+        """Go on without the launcher, which has ended or is about to, and kill what still runs of its runs."""
+        with self._lock:
+            if self._process is not None:
+                # It may live: for want of descriptors, say, it has lost the channel of a run and nothing else.
+                self._process.kill()
+            self._stop_launcher()
+
+    def _end_leftovers(self) -> None:
         """Kill what still runs of this session after its launcher was killed."""
         _process.kill_all(_process.marked(_settings.SESSION, self.session.name))
 
@@ -169,7 +179,7 @@ class Client:
                     process.wait()
                     died = True
             if died:
-                self.end_leftovers()
+                self._end_leftovers()
 
     def close(self) -> None:
         """End the launcher, and with it every run, and delete the session's directory. Safe to call twice."""
@@ -181,6 +191,18 @@ class Client:
                 self._session.close()
                 self._session = None
             atexit.unregister(self.close)
+
+
+def _socketpair() -> tuple[socket.socket, socket.socket]:
+    try:
+        return socket.socketpair()
+    except OSError as error:
+        raise _cannot_start(error) from error
+
+
+def _cannot_start(error: OSError) -> LaunchError:
+    what = "cannot start the launcher"
+    return LaunchError(_limits.explanation(what, str(error)) or f"{what}: {error}")
 
 
 def _path_for_launcher() -> list[str]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import secrets
 import sys
 import time
@@ -21,9 +20,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbddp import _client, _closure, _devices, _plots, _process, _results, _settings, _wire
+from nbddp import _client, _closure, _devices, _limits, _plots, _process, _results, _settings, _wire
 from nbddp._agent import Launch, torchrun_options
-from nbddp._errors import LaunchError
+from nbddp._errors import LaunchError, RunLostError
 from nbddp._memory import Meter
 from nbddp._options import Options
 from nbddp._panel import Panel
@@ -39,10 +38,6 @@ from nbddp._stop import GRACE_SECONDS, InterruptGate
 
 # What nbddp defines in the ranks where the notebook has no such name.
 GIVEN_NAMES = ("rank", "local_rank", "world_size", "device")
-
-# Of the kernel's: a rank's socket, output, pidfd and log; and what a kernel has open anyway.
-_DESCRIPTORS_PER_RANK = 4
-_DESCRIPTORS_BESIDES = 100
 
 MimeBundle = tuple[dict[str, Any], dict[str, Any]]
 
@@ -107,6 +102,17 @@ def perform(job: Job, client: _client.Client, screen: Screen) -> Finished:
         NbddpError: It did not end well; see `nbddp._errors`.
         KeyboardInterrupt: The user stopped it.
     """
+    _limits.check_files(0)
+    try:
+        return _perform(job, client, screen)
+    except OSError as error:
+        if not _limits.is_about_files(error):
+            raise
+        # Another thread has taken them meanwhile.
+        raise LaunchError(_limits.no_more_files("cannot start a run")) from error
+
+
+def _perform(job: Job, client: _client.Client, screen: Screen) -> Finished:
     with InterruptGate() as gate:
         attempt = _Attempt(job, client, screen, gate, _start_method(job, client))
         launcher_died = False
@@ -126,6 +132,7 @@ def perform(job: Job, client: _client.Client, screen: Screen) -> Finished:
 
 def dry_run(job: Job, client: _client.Client) -> str:
     """Return what `perform` would launch and send, as text."""
+    _limits.check_files(0)
     env = {**os.environ, **job.options.env}
     with InterruptGate() as gate:
         devices = _devices.choose(job.options, env, lambda: _count_gpus(client, env, gate))
@@ -186,7 +193,8 @@ class _Attempt:
         if (path := job.options.keep_script) is not None:
             _export(script, path)
             self.say(f"nbddp: kept as {path}: torchrun --nproc-per-node {devices.ranks} {path}")
-        run_dir = self.client.session.new_run()
+        session = self.client.session
+        run_dir = session.new_run()
         try:
             with gate.open():
                 _write(script, run_dir)
@@ -201,7 +209,7 @@ class _Attempt:
             times |= ending.times | {"results loaded": time.monotonic()}
             return Finished(results, ending.value, times)
         finally:
-            run_dir.remove()
+            session.end_run(run_dir)
 
     def say(self, line: str) -> None:
         """Show a line of nbddp's own."""
@@ -218,7 +226,7 @@ class _Attempt:
         secret = secrets.token_hex(8)
         launch = self._what_to_launch(devices, run_dir, secret)
         session = self.client.session
-        _check_descriptors(devices.ranks)
+        _limits.check_files(devices.ranks)
         with contextlib.ExitStack() as stack:
             try:
                 server = stack.enter_context(_wire.listen(run_dir.socket))
@@ -246,13 +254,19 @@ class _Attempt:
             )
             running.append(run.panel)
             stack.callback(running.remove, run.panel)
-            ending = run.wait()
+            try:
+                ending = run.wait()
+            except OSError as error:
+                if not (run.started and _limits.is_about_files(error)):
+                    raise
+                raise RunLostError(_limits.no_more_files("the run cannot be followed any more")) from error
         if run.launcher_died:
-            self.client.end_leftovers()
+            self.client.give_up_launcher()
             if not run.started and ending.cause != "interrupted":
                 raise _LauncherDied
         if ending.cause != "done":
-            raise self._error(ending, run, run_dir, _process.oom_kills() - oom_kills)
+            said = {output.rank: output.recent for output in relay.outputs}
+            raise self._error(ending, run, run_dir, _process.oom_kills() - oom_kills, said)
         return ending
 
     def _what_to_launch(self, devices: _devices.Devices, run_dir: RunDir, secret: str) -> Launch:
@@ -275,7 +289,9 @@ class _Attempt:
             start_method=self.start_method,
         )
 
-    def _error(self, ending: Ending, run: Run, run_dir: RunDir, oom_kills: int) -> BaseException:
+    def _error(
+        self, ending: Ending, run: Run, run_dir: RunDir, oom_kills: int, said: Mapping[int, str]
+    ) -> BaseException:
         for state in ending.ranks.values():
             if state.outcome is not None and state.outcome["outcome"] == "cannot fork":
                 return _CannotFork(state.outcome["message"])
@@ -288,6 +304,7 @@ class _Attempt:
             oom_kills=oom_kills,
             known=self.job.known - set(self.job.names),
             launcher=self.client.last_words() if run.launcher_died else None,
+            said=said,
         )
 
 
@@ -313,6 +330,8 @@ def _count_gpus(client: _client.Client, env: Mapping[str, str], gate: InterruptG
             _wire.send(channel.sock, "count gpus", env=dict(env))
             while not channel.closed:
                 for message in channel.receive():
+                    if "reason" in message:
+                        raise LaunchError(f"the GPUs cannot be counted: {message['reason']}")
                     return int(message["count"])
     except OSError:
         pass
@@ -353,21 +372,6 @@ def _hidden_names(job: Job, devices: _devices.Devices) -> str | None:
     return (
         f"nbddp: used as the notebook has it, on every rank: {listed}. After del {', '.join(own)} ranks have their own"
     )
-
-
-def _check_descriptors(ranks: int) -> None:
-    """Refuse a run that this process could not follow.
-
-    Raises:
-        LaunchError: It may not have that many files open.
-    """
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = ranks * _DESCRIPTORS_PER_RANK + _DESCRIPTORS_BESIDES
-    if limit != resource.RLIM_INFINITY and needed > limit:
-        raise LaunchError(
-            f"{ranks} ranks: following them takes {needed} open files, and this process may have {limit}. "
-            "Ask for fewer ranks, or raise the limit (ulimit -n) where the kernel is started"
-        )
 
 
 def _export(script: Script, path: str) -> None:

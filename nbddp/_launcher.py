@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from nbddp import _agent, _process, _repair, _wire
+from nbddp import _agent, _limits, _process, _repair, _wire
 from nbddp._paths import RunDir, remove_session
 
 # What the kernel sends instead of a channel when it goes on without this launcher.
@@ -171,7 +171,7 @@ class Launcher:
                     try:
                         self._answer(inbox, "gpus", count=self._count_gpus(message["env"]))
                     except OSError as error:
-                        self._answer(inbox, "refused", reason=f"cannot start a process: {error.strerror}")
+                        self._answer(inbox, "refused", reason=_refusal(error))
                     self._forget(inbox)
                 case "launch":
                     self._launch(inbox, _agent.Launch(**message))
@@ -216,7 +216,7 @@ class Launcher:
         try:
             pid = os.fork() if launch.start_method == "fork" else _spawn(launch)
         except OSError as error:
-            self._answer(inbox, "refused", reason=f"cannot start a process: {error.strerror}")
+            self._answer(inbox, "refused", reason=_refusal(error))
             self._forget(inbox)
             return
         if pid == 0:
@@ -293,6 +293,11 @@ class Launcher:
             self._kill(run)
         self._runs.clear()
         self._end_leftovers()
+
+
+def _refusal(error: OSError) -> str:
+    what = "cannot start a process"
+    return _limits.explanation(what, str(error)) or f"{what}: {error.strerror}"
 
 
 def _spawn(launch: _agent.Launch) -> int:

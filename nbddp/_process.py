@@ -213,6 +213,26 @@ def oom_kills() -> int:
     return total
 
 
+def most_processes() -> int | None:
+    """Return how many processes and threads this process's cgroup may have, or None if it sets no limit."""
+    for path in (_own_cgroup() / "pids.max", Path("/sys/fs/cgroup/pids.max"), Path("/sys/fs/cgroup/pids/pids.max")):
+        with contextlib.suppress(OSError, ValueError):  # there is none; or it is "max"
+            return int(path.read_text())
+    return None
+
+
+def own_threads() -> int:
+    """Return how many threads this user's processes have; 0 where that cannot be told."""
+    total = 0
+    for entry in os.listdir("/proc") if Path("/proc").is_dir() else ():
+        # One that is gone meanwhile has none; and a container need not show everybody's.
+        with contextlib.suppress(OSError, ValueError):
+            if entry.isdigit() and os.stat(f"/proc/{entry}").st_uid == os.getuid():
+                stat = Path("/proc", entry, "stat").read_bytes()
+                total += int(stat[stat.rindex(b")") + 2 :].split(None, 18)[17])
+    return total
+
+
 def _own_cgroup() -> Path:
     """Return this process's cgroup directory (version 2), or a path that does not exist."""
     try:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from nbddp import _limits
 from nbddp._errors import LaunchError, NbddpError, RankError, RunLostError, RunTimeout
 from nbddp._paths import RunDir
 from nbddp._ranks import PEER_GONE, RankState, how_it_died, in_short, in_short_of_other
@@ -30,6 +31,7 @@ def error_of(
     oom_kills: int,
     known: Iterable[str] = (),
     launcher: str | None = None,
+    said: Mapping[int, str] | None = None,
 ) -> BaseException:
     """Return the exception for a run that did not end well.
 
@@ -42,6 +44,7 @@ def error_of(
         oom_kills: How many processes the system killed for want of memory during the run.
         known: Names that the notebook has and the ranks were not given.
         launcher: What the launcher said last, if it ended before the run did.
+        said: The end of what each rank has printed.
     """
     where = [_where(state, run_dir, cell) for _, state in sorted(ending.ranks.items())]
     match ending.cause:
@@ -55,10 +58,15 @@ def error_of(
     if launcher is not None:
         return RunLostError("nbddp's launcher ended, and the run with it", notes=(launcher,))
     if ending.cause == "no ranks" or ending.first is None:
-        return LaunchError("torchrun could not start the ranks", notes=_last_words(run_dir))
+        words = _last_words(run_dir)
+        what = "torchrun could not start the ranks"
+        if (explained := _limits.explanation(what, "\n".join(words))) is not None:
+            return LaunchError(explained)
+        return LaunchError(what, notes=words)
     if ending.agent_status is not None and ending.agent_status < 0 and ending.first.outcome is None:
         return RunLostError(f"torchrun's agent {how_it_died(ending.agent_status)}, and the ranks with it")
-    return _rank_error(ending, ending.first, run_dir, cell, ranks, oom_kills, set(known))
+    output = (said or {}).get(ending.first.rank, "")
+    return _rank_error(ending, ending.first, run_dir, cell, ranks, oom_kills, set(known), output)
 
 
 def _interrupt(where: Sequence[str], killed: bool) -> KeyboardInterrupt:
@@ -72,7 +80,14 @@ def _interrupt(where: Sequence[str], killed: bool) -> KeyboardInterrupt:
 
 
 def _rank_error(
-    ending: Ending, first: RankState, run_dir: RunDir, cell: Cell, ranks: int, oom_kills: int, known: set[str]
+    ending: Ending,
+    first: RankState,
+    run_dir: RunDir,
+    cell: Cell,
+    ranks: int,
+    oom_kills: int,
+    known: set[str],
+    output: str,
 ) -> NbddpError:
     name = f"rank {first.rank} of {ranks}" if ranks > 1 else f"rank {first.rank}"
     outcome = first.outcome or {}
@@ -91,6 +106,8 @@ def _rank_error(
                     f"The notebook has a variable {outcome['missing']!r}, but the cell does not name it in a way that "
                     "nbddp can see; mention it in the cell"
                 )
+            if (explained := _limits.explanation_of_error(outcome["message"])) is not None:
+                notes.append(explained)
             finished = [r for r, s in sorted(ending.ranks.items()) if (s.outcome or {}).get("outcome") == "done"]
             if finished and PEER_GONE.search(outcome["message"]):
                 notes.append(
@@ -105,6 +122,8 @@ def _rank_error(
             exitcode = first.exitcode
             message = f"{name} {how_it_died(exitcode)}"
             notes += _last_stack(first, run_dir, cell)
+            if (explained := _limits.explanation_of_death(ranks, output)) is not None:
+                notes.append(explained)
             if exitcode == -9 and oom_kills:
                 notes.append(
                     "The system killed a process for want of memory during this run. Less data per rank, a smaller "

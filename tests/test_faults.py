@@ -257,7 +257,10 @@ def test_more_ranks_than_there_are_descriptors(kernel: Kernel) -> None:
     reply = kernel.run("%%ddp --cpus 100\npass")
     kernel.ok("resource.setrlimit(resource.RLIMIT_NOFILE, limits)")
     assert reply.error == "LaunchError"
-    assert reply.message.startswith("100 ranks: following them takes 500 open files, and this process may have 400.")
+    assert reply.message.startswith("100 ranks: following them takes 424 more open files, and this process has ")
+    assert " of the 400 that it may have. Close some, ask for fewer ranks, or raise the limit (ulimit -n)" in (
+        reply.message
+    )
     kernel.ok("%%ddp --cpus 1\npass")
 
 
