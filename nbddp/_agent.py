@@ -92,6 +92,7 @@ def run_forked(launch: Launch, parent: int) -> None:
         # torch leaves a file in the temporary directory for each rank that raises; the ranks get their own back.
         tempfile.tempdir = run.temp
         os.register_at_fork(before=_flush)
+        _repair.gathering = _repair.Gathering(launch.ranks)
         code = _serve(run, launch.torchrun_arguments())
     except BaseException:
         import traceback

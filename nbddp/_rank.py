@@ -140,6 +140,8 @@ def _enter(*, init: bool, backend: str | None, gpus: bool, **_: Any) -> str:
 
     dist.set_debug_level_from_env()
     device = _group.own_device(gpus, forked=forked)
+    if _repair.gathering is not None:
+        _repair.gathering.wait()
     _group.let_user_take_over()
     if init:
         _group.init(backend, device)

@@ -29,6 +29,60 @@ agent_only: dict[str, str | None] = {}
 _PR_SET_NAME = 15
 
 
+class Gathering:
+    """Holds the ranks back until the last of them is forked; made in the agent.
+
+    The agent has a thread of torch's, the store's. A rank that connects to it has it look up the rank's name, under a
+    lock of the C library's, and if the next rank is forked at that moment the lock stays locked in there: that rank
+    waits for ever where it looks up a name itself, and all others wait for it.
+    """
+
+    def __init__(self, ranks: int) -> None:
+        self._agent = os.getpid()
+        self._ranks = ranks
+        self._forked = 0
+        # The ranks read from a pipe into which nobody writes: it ends when nobody can any more.
+        self._ends: tuple[int, int] | None = None
+        os.register_at_fork(before=self._before, after_in_parent=self._after, after_in_child=self._begin)
+
+    def _before(self) -> None:
+        if os.getpid() == self._agent and self._ends is None:
+            with contextlib.suppress(OSError):  # then they do not wait
+                self._ends = os.pipe()
+
+    def _after(self) -> None:
+        if os.getpid() == self._agent:
+            self._forked += 1
+            # After a restart there are as many again.
+            if self._forked % self._ranks == 0 and self._ends is not None:
+                for end in self._ends:
+                    os.close(end)
+                self._ends = None
+
+    def _begin(self) -> None:
+        if os.getppid() == self._agent and self._ends is not None:
+            os.close(self._ends[1])
+            self._ends = self._ends[0], -1
+        else:
+            self._ends = None
+
+    @property
+    def waits_on(self) -> int:
+        """In a rank, the descriptor that it waits on; -1 if it need not."""
+        return self._ends[0] if self._ends is not None else -1
+
+    def wait(self) -> None:
+        """In a rank, wait for the others."""
+        if self._ends is not None:
+            os.read(self._ends[0], 1)
+            os.close(self._ends[0])
+            self._ends = None
+
+
+# The agent's; None where ranks are new interpreters.
+gathering: Gathering | None = None
+
+
 def prepare() -> None:
     """Find, before any fork, the BLAS libraries whose threads the ranks will have to limit."""
     global _libraries
@@ -81,7 +135,7 @@ def _descriptors() -> list[int]:
             continue
         if fd > 2 and target.startswith(kinds):
             os.close(fd)
-        elif fd > 2 and target.startswith("pipe:"):
+        elif fd > 2 and target.startswith("pipe:") and (gathering is None or fd != gathering.waits_on):
             pipes.append(fd)
     return pipes
 
