@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from nbddp import _limits, _process, _settings, _wire
 from nbddp._errors import LaunchError
-from nbddp._launcher import GOODBYE
+from nbddp._launcher import GOODBYE, THE_END
 from nbddp._paths import Session, sweep
 
 # A launcher that was told to go needs a few milliseconds, or what is left of its imports.
@@ -155,19 +155,20 @@ class Client:
             if self._process is not None:
                 # It may live: for want of descriptors, say, it has lost the channel of a run and nothing else.
                 self._process.kill()
+                self._process.wait()
             self._stop_launcher()
 
     def _end_leftovers(self) -> None:
         """Kill what still runs of this session after its launcher was killed."""
         _process.kill_all(_process.marked(_settings.SESSION, self.session.name))
 
-    def _stop_launcher(self) -> None:
+    def _stop_launcher(self, *, word: bytes = GOODBYE) -> None:
         process, self._process = self._process, None
         control, self._control = self._control, None
         if control is not None:
-            # With this word it leaves the session's directory alone, which outlives it.
+            # With GOODBYE it leaves the session's directory alone, which outlives it.
             with contextlib.suppress(OSError):
-                control.send(GOODBYE)
+                control.send(word)
             control.close()
         if process is not None:
             died = process.poll() is not None
@@ -187,7 +188,8 @@ class Client:
             # A forked child of the kernel runs this at its exit, too.
             self._disown_parents()
             if self._session is not None:
-                self._stop_launcher()
+                # It deletes the directory as well: a server that loses patience kills a kernel that waits here.
+                self._stop_launcher(word=THE_END)
                 self._session.close()
                 self._session = None
             atexit.unregister(self.close)

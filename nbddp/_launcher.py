@@ -38,8 +38,10 @@ from typing import Any
 from nbddp import _agent, _limits, _process, _repair, _wire
 from nbddp._paths import RunDir, remove_session
 
-# What the kernel sends instead of a channel when it goes on without this launcher.
+# What the kernel sends instead of a channel: when it goes on without this launcher, and when its session is over. Only
+# a word is sure to be heard: a forked child of the kernel may hold its end of the socket open.
 GOODBYE = b"q"
+THE_END = b"e"
 
 # Seconds that a run whose ranks have all reported has to end by itself. Longest is NCCL's clean-up.
 _FINISH_SECONDS = 10.0
@@ -144,7 +146,7 @@ class Launcher:
             data, fds = b"", []
         if data == GOODBYE:
             self._session_goes_on = True
-        if data in (b"", GOODBYE):
+        if data in (b"", GOODBYE, THE_END):
             self._stop()
         for fd in fds:
             os.set_inheritable(fd, False)
