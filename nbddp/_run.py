@@ -110,6 +110,7 @@ class Run:
         self._cause = "done"
         self._killed = False
         self._started = False
+        self._kill_sent = False
         self._launcher_ended = False
         self._launcher_died = False
         self._agent_status: int | None = None
@@ -242,14 +243,18 @@ class Run:
                 state.stopped = True
             self._killed = True
             return
+        if step is Step.INTERRUPT:
+            # The stacks first, and of all ranks: they are written by the C-level handler, before KeyboardInterrupt
+            # unwinds them, or the end of an interrupted rank makes the collectives of others raise.
+            for state in alive:
+                if state.in_cell:
+                    self._ranks.tell(state, "interrupted")
+                    _process.signal_main_thread(state.pid, state.pidfd, STACK_SIGNAL)
         for state in alive:
             if step is Step.BREAK_OFF:
                 if state.in_cell and state.outcome is None:
                     self._ranks.tell(state, "break off")
             elif step is Step.INTERRUPT and state.in_cell:
-                self._ranks.tell(state, "interrupted")
-                # The stack first: it is written by the C-level handler, before KeyboardInterrupt unwinds it.
-                _process.signal_main_thread(state.pid, state.pidfd, STACK_SIGNAL)
                 _process.signal_main_thread(state.pid, state.pidfd, signal.SIGINT)
             elif state.outcome is None:
                 # One that is still joining the process group has nothing to clean up, and in there, in C++, it would
@@ -285,7 +290,8 @@ class Run:
                     self._started = True
                 case "ended":
                     self._launcher_ended = True
-                    if not self._ranks.agent_ended:
+                    # If this process has had it killed, that is no news.
+                    if not (self._ranks.agent_ended or self._kill_sent):
                         self._agent_status = message["status"]
                 case "refused":
                     self._launcher_ended = True
@@ -329,6 +335,7 @@ class Run:
             self._ranks.tick()
 
     def _send_kill(self) -> None:
+        self._kill_sent = True
         with contextlib.suppress(OSError):
             self._send("kill")
 

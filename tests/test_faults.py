@@ -111,6 +111,17 @@ def test_a_rank_that_dies(kernel: Kernel, code: str, how: str) -> None:
         assert "rank 1 was on line 4 of the cell" in reply.traceback
 
 
+def test_a_rank_that_dies_while_torchrun_is_too_slow_to_say_how(kernel: Kernel) -> None:
+    # As on a machine that is too busy: torchrun gets nowhere, and its agent is killed in the end.
+    reply = kernel.run(
+        "%%ddp --cpus 2\nimport os, signal, time\nif rank == 1:\n    os.kill(os.getppid(), signal.SIGSTOP)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
+    )
+    assert reply.error == "RankError"
+    assert reply.message == "rank 1 of 2 left before the end of the cell"
+    assert reply.seconds < 12
+
+
 def test_a_rank_that_leaves_quietly(kernel: Kernel) -> None:
     reply = kernel.run("%%ddp --cpus 2\nimport os, time\nif rank == 1:\n    os._exit(0)\ntime.sleep(60)")
     assert reply.error == "RankError"
