@@ -31,6 +31,7 @@ _RAISE_FILES = "raise the limit (ulimit -n) where the kernel is started"
 _NO_FILES = (errno.EMFILE, errno.ENFILE)
 
 _FILES_SAID = re.compile(re.escape(os.strerror(errno.EMFILE)))
+_SEMAPHORE_SAID = re.compile(r"_multiprocessing\.SemLock\([\s\S]*Error: \[Errno \d+\] (.*)")
 _PROCESSES_SAID = re.compile(rf"{re.escape(os.strerror(errno.EAGAIN))}|can't start new thread|Thread creation failed")
 
 
@@ -115,6 +116,10 @@ def explanation_of_error(said: str) -> str | None:
 
 def explanation(what: str, said: str) -> str | None:
     """Return the message for something that failed, if what was said about it tells of one of these limits."""
+    if (found := _SEMAPHORE_SAID.search(said)) is not None and not _FILES_SAID.search(said):
+        reason = found[1].lower()
+        step = "Make room there" if reason == os.strerror(errno.ENOSPC).lower() else "Have a tmpfs there to write to"
+        return f"{what}: it needs semaphores, whose place is /dev/shm, and can make none there: {reason}. {step}"
     if _FILES_SAID.search(said):
         return no_more_files(what)
     if _PROCESSES_SAID.search(said):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -324,3 +327,253 @@ def test_no_processes_left_for_what_a_cell_starts(users_kernel: Kernel) -> None:
     assert re.fullmatch("rank [01] of 2 left the process with status 1 before the end of the cell", reply.message)
     assert "Most likely: the system starts no more processes and threads" in reply.traceback
     check_works(kernel)
+
+
+def in_mounts(script: str) -> tuple[str, ...]:
+    """Return a command that runs what follows it among mounts of its own, which a script makes."""
+    command = ("unshare", "--mount", "--propagation=private", "sh", "-ec", script + '\nexec "$@"', "sh")
+    probe = subprocess.run([*command, "true"], capture_output=True, text=True, check=False)
+    if probe.returncode:
+        pytest.skip(f"NOT TESTED: another /dev/shm; that takes root: {probe.stderr.strip()}")
+    return command
+
+
+SHM_READ_ONLY = "mount --bind /dev/shm /dev/shm\nmount -o remount,bind,ro /dev/shm"
+SHM_FULL = "mount -t tmpfs -o size=64k none /dev/shm\ndd if=/dev/zero of=/dev/shm/x bs=1k 2>/dev/null || true"
+SHM_SMALL = "mount -t tmpfs -o size=64k none /dev/shm"
+SHM_ABSENT = """
+dev=$(mktemp -d)
+mount -t tmpfs none $dev
+for name in null zero full random urandom; do touch $dev/$name; mount --bind /dev/$name $dev/$name; done
+ln -s /proc/self/fd $dev/fd
+mount --rbind $dev /dev
+umount -l $dev
+rmdir $dev
+"""
+
+
+@pytest.mark.parametrize(
+    ("script", "end"),
+    [
+        (SHM_READ_ONLY, "read-only file system. Have a tmpfs there to write to"),
+        (SHM_ABSENT, "no such file or directory. Have a tmpfs there to write to"),
+        (SHM_FULL, "no space left on device. Make room there"),
+    ],
+    ids=["read-only", "absent", "full"],
+)
+def test_without_shared_memory(new_kernel: Callable[..., Kernel], script: str, end: str) -> None:
+    kernel = new_kernel(command=in_mounts(script))
+    kernel.ok(STATE + "import torch\nbig = torch.zeros(100_000)")
+    for _ in range(2):
+        reply = kernel.run("%%ddp --cpus 2\nbig.sum()")
+        assert reply.error == "LaunchError"
+        assert reply.message == (
+            "torchrun could not start the ranks: it needs semaphores, whose place is /dev/shm, "
+            f"and can make none there: {end}"
+        )
+        assert reply.traceback == f"LaunchError: {reply.message}"
+    if script == SHM_FULL:
+        kernel.ok("os.unlink('/dev/shm/x')\nimport torch.distributed as dist")
+        check_works(kernel)
+
+
+def fill(folder: Path) -> None:
+    with open(folder / "filler", "ab", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"x" * 512)
+        except OSError:
+            pass
+
+
+UP = "%%ddp --cpus 2{}\nprint('up', flush=True)\ntime.sleep(0.5)\n"
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_run(new_kernel: Callable[..., Kernel], small_disk: Path) -> None:
+    kernel = new_kernel(env={"TMPDIR": str(small_disk)})
+    prepare(kernel)
+    kernel.ok("import time")
+    before = kernel.get("state()")
+
+    def run(cell: str, options: str = "") -> Reply:
+        reply = kernel.run_and(UP.format(options) + cell, "[rank 1] up", lambda: fill(small_disk))
+        (small_disk / "filler").unlink()
+        check_works(kernel)
+        assert kernel.get("state()") == before
+        return reply
+
+    # The log is cut, the cell has everything, and a line says so.
+    reply = run("for n in range(500):\n    print('line', n)\nw = 5", " --out w")
+    assert reply.status == "ok"
+    assert kernel.get("w") == 5
+    for rank in (0, 1):
+        mine = [line for line in reply.text.splitlines() if line.startswith(f"[rank {rank}] ")]
+        assert [line for line in mine if "line" in line] == [f"[rank {rank}] line {n}" for n in range(500)]
+        assert mine.count(f"[rank {rank}] (nbddp: the log of this rank ends here: No space left on device)") == 1
+    # Errors are whole.
+    reply = run("if rank == 1:\n    raise ValueError('mine')\ndist.barrier()")
+    assert reply.message == "rank 1 of 2 raised ValueError: mine"
+    assert "----> 5     raise ValueError('mine')" in reply.traceback
+    # Where ranks are does not fit on the disk any more; that they were interrupted is still said.
+    reply = kernel.run_and(
+        UP.format("") + "time.sleep(60)", "[rank 1] up", lambda: (fill(small_disk), kernel.interrupt())
+    )
+    assert reply.error == "KeyboardInterrupt"
+    assert reply.seconds < 5
+    (small_disk / "filler").unlink()
+    check_works(kernel)
+
+
+def test_results_for_which_neither_memory_nor_disk_has_room(
+    new_kernel: Callable[..., Kernel], small_disk: Path
+) -> None:
+    kernel = new_kernel(env={"TMPDIR": str(small_disk)}, command=in_mounts(SHM_SMALL))
+    prepare(kernel)
+    kernel.ok("import time")
+    reply = kernel.run_and(
+        UP.format(" --out y,z") + "y, z = torch.ones(100_000), 7", "[rank 1] up", lambda: fill(small_disk)
+    )
+    (small_disk / "filler").unlink()
+    assert reply.error == "ResultError"
+    assert re.fullmatch(
+        r"--out y,z: cannot bring back y, z: no room for 40[01] kB of data: there are [\d.]+ k?B in /dev/shm and "
+        rf"0 B in {re.escape(str(small_disk))} free\. Make room, or set TMPDIR to a folder that has it and restart the "
+        r"kernel\. Nothing was assigned",
+        reply.message,
+    )
+    assert kernel.get("y") == 2.0
+    check_works(kernel)
+    # Each sees room for its own, and there is room for one.
+    reply = kernel.run("%%ddp --cpus 2 --gather y\ny = torch.ones(9_000)")
+    assert reply.error == "ResultError"
+    assert "o space left on device" in reply.message or "no room for" in reply.message
+    check_works(kernel)
+
+
+@pytest.fixture(scope="session")
+def clock_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library that gives a process another wall clock."""
+    library = tmp_path_factory.mktemp("clock") / "clock.so"
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("NOT TESTED: clocks that jump; that takes Linux and a C compiler on PATH, cc or gcc")
+    source = Path(__file__).with_name("clock.c")
+    subprocess.run([compiler, "-shared", "-fPIC", "-O1", "-o", library, source, "-ldl", "-lpthread"], check=True)
+    return library
+
+
+DAY = 86_400
+
+
+class Clock:
+    """The wall clock of a kernel and all that it starts."""
+
+    def __init__(self, library: Path, file: Path, ahead: int = 0) -> None:
+        self._file = file
+        self.env = {"LD_PRELOAD": str(library), "TEST_CLOCK": str(file)}
+        file.write_bytes(struct.pack("q", ahead))
+
+    def jump(self, ahead: int) -> None:
+        with open(self._file, "r+b", buffering=0) as file:
+            file.write(struct.pack("q", ahead))
+
+
+@pytest.mark.parametrize("days", [1, -1])
+def test_a_clock_that_jumps_in_the_middle_of_a_run(
+    new_kernel: Callable[..., Kernel], clock_library: Path, tmp_path: Path, days: int
+) -> None:
+    clock = Clock(clock_library, tmp_path / "clock")
+    kernel = new_kernel(env=clock.env)
+    prepare(kernel)
+    kernel.ok("import time")
+    began = time.monotonic()
+    reply = kernel.run_and(
+        "%%ddp --cpus 2 --timeout 60 --out jump,y\nbegan = time.time()\nprint('up', flush=True)\n"
+        "for _ in range(5):\n    time.sleep(0.5)\n    dist.all_reduce(y := torch.ones(1))\n"
+        "y = y.item()\njump = round((time.time() - began) / 86_400)",
+        "[rank 1] up",
+        lambda: clock.jump(days * DAY),
+    )
+    assert reply.status == "ok", reply.traceback
+    # It did jump, for the ranks, and only the wall clock.
+    assert kernel.get("jump") == days
+    assert 2.5 < time.monotonic() - began < 10
+    assert reply.lines == ["[rank 0] up", "[rank 1] up"]
+    assert reply.panels[-1]["text/plain"] in [f"nbddp: 2 ranks done in {seconds} s" for seconds in (2, 3, 4)]
+    # Back again while one hangs: neither --timeout nor the grace period takes a day.
+    reply = kernel.run_and(
+        "%%ddp --cpus 2 --timeout 2\nprint('up', flush=True)\ntry:\n    time.sleep(60)\n"
+        "except KeyboardInterrupt:\n    time.sleep(60)",
+        "[rank 1] up",
+        lambda: clock.jump(0),
+    )
+    assert reply.message == "the run was stopped after --timeout 2 seconds"
+    assert reply.seconds < 12
+    check_works(kernel)
+
+
+def test_a_kernel_whose_clock_is_ahead_sweeps_nothing_that_lives(
+    new_kernel: Callable[..., Kernel], clock_library: Path, tmp_path: Path
+) -> None:
+    living = new_kernel()
+    prepare(living)
+    before = {path: sorted(os.listdir(path)) for path in (session(living), f"/dev/shm/{Path(session(living)).name}")}
+    ahead = new_kernel(env=Clock(clock_library, tmp_path / "clock", DAY).env)
+    assert ahead.get("__import__('time').time()") - time.time() == pytest.approx(DAY, abs=60)
+    ahead.ok("%%ddp --cpus 1\npass")
+    assert before == {path: sorted(os.listdir(path)) for path in before}
+    assert launcher_lives(living)
+    check_works(living)
+
+
+def launcher_lives(kernel: Kernel) -> bool:
+    return bool(kernel.get("__import__('nbddp')._function.client._process.poll() is None"))
+
+
+def test_twenty_notebooks_launch_at_the_same_moment(new_kernel: Callable[..., Kernel]) -> None:
+    number = 20
+    kernels = [new_kernel(load=False) for _ in range(number)]
+    cell = (
+        "%%ddp --cpus 2 --out y\nimport torch, torch.distributed as dist\n"
+        "x = torch.tensor([{} + rank])\ndist.all_reduce(x)\ny = x.item()"
+    )
+    # First each starts its launcher as well, then all meet again with launchers that are there.
+    for setup in ("%load_ext nbddp", "y = None"):
+        for kernel in kernels:
+            kernel.client.execute(setup)
+        asked = [kernel.client.execute(cell.format(n)) for n, kernel in enumerate(kernels)]
+        replies = [reply_to(kernel, request) for kernel, request in zip(kernels, asked, strict=True)]
+        assert [reply["status"] for reply in replies] == ["ok"] * number
+        assert [kernel.get("y") for kernel in kernels] == [2 * n + 1 for n in range(number)]
+
+
+def reply_to(kernel: Kernel, request: str) -> dict[str, Any]:
+    while (message := kernel.client.get_shell_msg(timeout=120))["parent_header"]["msg_id"] != request:
+        pass
+    content: dict[str, Any] = message["content"]
+    return content
+
+
+def test_a_hundred_ranks(new_kernel: Callable[..., Kernel]) -> None:
+    kernel = new_kernel()
+    prepare(kernel)
+    before = kernel.get("state()")
+    reply = kernel.ok(
+        "%%ddp --cpus 100 --out y\nx = torch.tensor([rank])\ndist.all_reduce(x)\ny = x.item()\nprint(y)", timeout=110
+    )
+    assert kernel.get("y") == sum(range(100))
+    assert reply.lines == sorted(f"[rank {rank:>2}] 4950" for rank in range(100))
+    for cell in ("time.sleep(100)", "if rank:\n    dist.all_reduce(torch.ones(1))\ntime.sleep(100)"):
+        reply = kernel.run_and(
+            "%%ddp --cpus 100\nimport time\ndist.barrier()\nif rank == 0:\n    print('up', flush=True)\n" + cell,
+            "up",
+            lambda: (time.sleep(0.5), kernel.interrupt()),
+            timeout=110,
+        )
+        assert reply.error == "KeyboardInterrupt"
+        assert reply.text.strip() == "[rank  0] up"
+        where = [line for line in reply.traceback.splitlines() if line.startswith("rank ")]
+        assert len(where) == 100
+        assert not [line for line in where if not re.match(r"rank \d+: on line \d of the cell", line)]
+        check_works(kernel)
+        assert kernel.get("state()") == before
