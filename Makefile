@@ -14,7 +14,7 @@ test: .venv/test .venv/oldest/made check browser
 	.venv/bin/python -m pytest
 	NBDDP_PLAIN=1 .venv/bin/python -m pytest --nbval notebooks
 	# Once more, on the oldest IPython; its warnings are of its own time.
-	.venv/oldest/bin/python -m pytest -p no:nbval -W default --deselect tests/test_readme.py --ignore tests/test_lab.py
+	.venv/oldest/bin/python -m pytest -p no:nbval -W default -m "not slow" --deselect tests/test_readme.py --ignore tests/test_lab.py
 
 check: .venv/test
 	.venv/bin/ruff check .

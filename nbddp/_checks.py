@@ -13,10 +13,9 @@ import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 
-from nbddp import _devices, _process
+from nbddp import _devices, _limits, _process
 from nbddp._findings import Finding, count
 from nbddp._paths import format_size
-from nbddp._ranks import descriptors
 
 _SHM = "/dev/shm"
 
@@ -119,12 +118,10 @@ def memory(ranks: int) -> Finding:
 def open_files(ranks: int) -> Finding:
     """Look at how many files the kernel, and with it every rank, may have open."""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if limit == resource.RLIM_INFINITY:
+    enough = _limits.ranks_that_can_be_followed()
+    if enough is None:
         return Finding("ok", "open files", "no limit")
     is_open = len(os.listdir("/dev/fd")) - 1
-    # nbddp's own reckoning leaves room for what a kernel usually has open; this one may have more.
-    room = limit - max(0, is_open - descriptors(0))
-    enough = max(0, (room - descriptors(0)) // (descriptors(1) - descriptors(0)))
     text = f"{limit} at once, {is_open} open now: enough to follow {count(enough, 'rank')}"
     advice = "ulimit -n 4096 where the kernel is started"
     if enough < ranks:

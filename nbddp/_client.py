@@ -12,9 +12,9 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 
-from nbddp import _process, _settings, _wire
+from nbddp import _limits, _process, _settings, _wire
 from nbddp._errors import LaunchError
-from nbddp._launcher import GOODBYE
+from nbddp._launcher import GOODBYE, THE_END
 from nbddp._paths import Session, sweep
 
 # A launcher that was told to go needs a few milliseconds; one that is importing has nothing to see to, and is killed.
@@ -62,7 +62,7 @@ class Client:
                     return []
                 changed = sorted({name for name, _ in wanted.items() ^ self._started_with.items()})
             self._stop_launcher()
-            ours, theirs = socket.socketpair()
+            ours, theirs = _socketpair()
             command = _COMMAND.format(
                 path=_path_for_launcher(), kernel=os.getpid(), session=session.root, control=theirs.fileno()
             )
@@ -83,7 +83,7 @@ class Client:
                     )
             except OSError as error:
                 ours.close()
-                raise LaunchError(f"cannot start the launcher: {error}") from error
+                raise _cannot_start(error) from error
             self._control = ours
             self._started_with = wanted
             return changed
@@ -122,7 +122,9 @@ class Client:
                 self.start(env)
                 assert self._control is not None
                 self.wake()
-                ours, theirs = socket.socketpair()
+                assert self._process is not None
+                _limits.share(self._process.pid)
+                ours, theirs = _socketpair()
                 with theirs:
                     try:
                         socket.send_fds(self._control, [b"c"], [theirs.fileno()])
@@ -156,20 +158,27 @@ class Client:
         if self._session is not None and self._session.pid != os.getpid():
             self._session = self._process = self._control = None
 
-    def end_leftovers(self) -> None:
+    def give_up_launcher(self) -> None:
+        """Go on without the launcher, which has ended or is about to, and kill what still runs of its runs."""
+        with self._lock:
+            if self._process is not None:
+                # It may live: for want of descriptors, say, it has lost the channel of a run and nothing else.
+                self._process.kill()
+                self._process.wait()
+            self._stop_launcher()
+
+    def _end_leftovers(self) -> None:
         """Kill what still runs of this session after its launcher was killed."""
         _process.kill_all(_process.marked(_settings.SESSION, self.session.name))
 
-    def _stop_launcher(self, *, session_ends: bool = False) -> None:
+    def _stop_launcher(self, *, word: bytes = GOODBYE) -> None:
         self.wake()
         process, self._process = self._process, None
         control, self._control = self._control, None
         if control is not None:
-            # With this word it leaves the session's directory alone, which outlives it. Without, both delete it: this
-            # process may be killed while it waits.
-            if not session_ends:
-                with contextlib.suppress(OSError):
-                    control.send(GOODBYE)
+            # With GOODBYE it leaves the session's directory alone, which outlives it.
+            with contextlib.suppress(OSError):
+                control.send(word)
             control.close()
         if process is not None:
             died = process.poll() is not None
@@ -181,7 +190,7 @@ class Client:
                     process.wait()
                     died = True
             if died:
-                self.end_leftovers()
+                self._end_leftovers()
 
     def close(self) -> None:
         """End the launcher, and with it every run, and delete the session's directory. Safe to call twice."""
@@ -189,10 +198,23 @@ class Client:
             # A forked child of the kernel runs this at its exit, too.
             self._disown_parents()
             if self._session is not None:
-                self._stop_launcher(session_ends=True)
+                # It deletes the directory as well: a server that loses patience kills a kernel that waits here.
+                self._stop_launcher(word=THE_END)
                 self._session.close()
                 self._session = None
             atexit.unregister(self.close)
+
+
+def _socketpair() -> tuple[socket.socket, socket.socket]:
+    try:
+        return socket.socketpair()
+    except OSError as error:
+        raise _cannot_start(error) from error
+
+
+def _cannot_start(error: OSError) -> LaunchError:
+    what = "cannot start the launcher"
+    return LaunchError(_limits.explanation(what, str(error)) or f"{what}: {error}")
 
 
 def _path_for_launcher() -> list[str]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import secrets
 import select
 import shutil
@@ -23,13 +22,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbddp import _client, _closure, _devices, _plots, _process, _results, _settings, _where, _wire
+from nbddp import _client, _closure, _devices, _limits, _plots, _process, _results, _settings, _where, _wire
 from nbddp._agent import Launch, torchrun_options
-from nbddp._errors import LaunchError
+from nbddp._errors import LaunchError, RunLostError
 from nbddp._memory import Meter
 from nbddp._options import Options
 from nbddp._paths import RunDir, cannot_write, format_size
-from nbddp._ranks import descriptors
 from nbddp._relay import Relay, View
 from nbddp._report import Circumstances, error_of, interrupted
 from nbddp._results import Wanted
@@ -133,6 +131,17 @@ def perform(job: Job, client: _client.Client, screen: Screen) -> Finished:
         NbddpError: It did not end well; see `nbddp._errors`.
         KeyboardInterrupt: The user stopped it.
     """
+    _limits.check_files(0)
+    try:
+        return _perform(job, client, screen)
+    except OSError as error:
+        if not _limits.is_about_files(error):
+            raise
+        # Another thread has taken them meanwhile.
+        raise LaunchError(_limits.no_more_files("cannot start a run")) from error
+
+
+def _perform(job: Job, client: _client.Client, screen: Screen) -> Finished:
     with InterruptGate() as gate:
         attempt = _Attempt(job, client, screen, gate, start_method(job.options, client))
         launcher_died = False
@@ -152,6 +161,7 @@ def perform(job: Job, client: _client.Client, screen: Screen) -> Finished:
 
 def dry_run(job: Job, client: _client.Client) -> str:
     """Return what `perform` would launch and send, as text."""
+    _limits.check_files(0)
     env = {**os.environ, **job.options.env}
     with InterruptGate() as gate:
         devices = _devices.choose(job.options, env, lambda: count_gpus(client, env, gate))
@@ -212,7 +222,8 @@ class _Attempt:
         if (path := job.options.keep_script) is not None:
             _export(script, path)
             self.say(f"nbddp: kept as {path}: torchrun --nproc-per-node {devices.ranks} {path}")
-        run_dir = self.client.session.new_run()
+        session = self.client.session
+        run_dir = session.new_run()
         try:
             with self._interruptible("the script was written; nothing was launched"):
                 _write(script, run_dir)
@@ -227,7 +238,7 @@ class _Attempt:
             times |= ending.times | {"results loaded": time.monotonic()}
             return Finished(results, ending.value, times)
         finally:
-            run_dir.remove()
+            session.end_run(run_dir)
 
     @contextlib.contextmanager
     def _interruptible(self, what: str) -> Iterator[None]:
@@ -257,7 +268,7 @@ class _Attempt:
         secret = secrets.token_hex(8)
         launch = self._what_to_launch(devices, run_dir, secret)
         session = self.client.session
-        _check_descriptors(devices.ranks)
+        _limits.check_files(devices.ranks)
         with contextlib.ExitStack() as stack:
             try:
                 server = stack.enter_context(_wire.listen(run_dir.socket))
@@ -290,13 +301,19 @@ class _Attempt:
             under_way = UnderWay(run, run_dir, self._sources(run_dir))
             running.append(under_way)
             stack.callback(running.remove, under_way)
-            ending = run.wait()
+            try:
+                ending = run.wait()
+            except OSError as error:
+                if not (run.started and _limits.is_about_files(error)):
+                    raise
+                raise RunLostError(_limits.no_more_files("the run cannot be followed any more")) from error
         if run.launcher_died:
-            self.client.end_leftovers()
+            self.client.give_up_launcher()
             if not run.started and ending.cause != "interrupted":
                 raise _LauncherDied
         if ending.cause != "done":
-            raise self._error(ending, run, run_dir, _process.oom_kills() - oom_kills, sent)
+            said = {output.rank: output.recent for output in relay.outputs}
+            raise self._error(ending, run, run_dir, _process.oom_kills() - oom_kills, said, sent)
         return ending
 
     def _sources(self, run_dir: RunDir) -> Sources:
@@ -322,7 +339,15 @@ class _Attempt:
             start_method=self.start_method,
         )
 
-    def _error(self, ending: Ending, run: Run, run_dir: RunDir, oom_kills: int, sent: Sequence[Any]) -> BaseException:
+    def _error(
+        self,
+        ending: Ending,
+        run: Run,
+        run_dir: RunDir,
+        oom_kills: int,
+        said: Mapping[int, str],
+        sent: Sequence[Any],
+    ) -> BaseException:
         for state in ending.ranks.values():
             if state.outcome is not None and state.outcome["outcome"] == "cannot fork":
                 return _CannotFork(state.outcome["message"])
@@ -333,6 +358,7 @@ class _Attempt:
             run.env,
             self.job.options.timeout,
             oom_kills,
+            said,
             known=self.job.known - set(self.job.names),
             sent=sent,
             launcher=self.client.last_words() if run.launcher_died else None,
@@ -428,21 +454,6 @@ def _hidden_names(job: Job, devices: _devices.Devices) -> str | None:
     return (
         f"nbddp: used as the notebook has it, on every rank: {listed}. After del {', '.join(own)} ranks have their own"
     )
-
-
-def _check_descriptors(ranks: int) -> None:
-    """Refuse a run that this process could not follow.
-
-    Raises:
-        LaunchError: It may not have that many files open.
-    """
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = descriptors(ranks)
-    if limit != resource.RLIM_INFINITY and needed > limit:
-        raise LaunchError(
-            f"{ranks} ranks: following them takes {needed} open files, and this process may have {limit}. "
-            "Ask for fewer ranks, or raise the limit (ulimit -n) where the kernel is started"
-        )
 
 
 def _export(script: Script, path: str) -> None:

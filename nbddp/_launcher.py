@@ -36,11 +36,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from nbddp import _agent, _process, _repair, _wire
+from nbddp import _agent, _limits, _process, _repair, _wire
 from nbddp._paths import RunDir, remove_session
 
-# What the kernel sends instead of a channel when it goes on without this launcher.
+# What the kernel sends instead of a channel: when it goes on without this launcher, and when its session is over. Only
+# a word is sure to be heard: a forked child of the kernel may hold its end of the socket open.
 GOODBYE = b"q"
+THE_END = b"e"
 
 # Seconds that a run whose ranks have all reported has to end by itself. Longest is NCCL's clean-up.
 _FINISH_SECONDS = 10.0
@@ -120,9 +122,9 @@ class Launcher:
 
     @contextlib.contextmanager
     def _ending_with_kernel(self) -> Iterator[None]:
-        """Look for the kernel's death while this process imports, which takes seconds, and does not come by the loop.
+        """Look for the kernel's death while this process imports, which takes seconds, and is not in its loop.
 
-        (A signal at the parent's death is none for this: it is sent when the thread ends that has started this process.)
+        (A signal at the parent's death is none for this: it is sent when the thread ends that has started the process.)
         """
 
         def look(*_: Any) -> None:
@@ -172,7 +174,7 @@ class Launcher:
             data, fds = b"", []
         if data == GOODBYE:
             self._session_goes_on = True
-        if data in (b"", GOODBYE):
+        if data in (b"", GOODBYE, THE_END):
             self._stop()
         for fd in fds:
             os.set_inheritable(fd, False)
@@ -199,7 +201,7 @@ class Launcher:
                     try:
                         self._answer(inbox, "gpus", count=self._count_gpus(message["env"]))
                     except OSError as error:
-                        self._answer(inbox, "refused", reason=f"cannot start a process: {error.strerror}")
+                        self._answer(inbox, "refused", reason=_refusal(error))
                     self._forget(inbox)
                 case "launch":
                     self._launch(inbox, _agent.Launch(**message))
@@ -244,7 +246,7 @@ class Launcher:
         try:
             pid = os.fork() if launch.start_method == "fork" else _spawn(launch)
         except OSError as error:
-            self._answer(inbox, "refused", reason=f"cannot start a process: {error.strerror}")
+            self._answer(inbox, "refused", reason=_refusal(error))
             self._forget(inbox)
             return
         if pid == 0:
@@ -321,6 +323,11 @@ class Launcher:
             self._kill(run)
         self._runs.clear()
         self._end_leftovers()
+
+
+def _refusal(error: OSError) -> str:
+    what = "cannot start a process"
+    return _limits.explanation(what, str(error)) or f"{what}: {error.strerror}"
 
 
 def _spawn(launch: _agent.Launch) -> int:

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
-from nbddp import _process
+from nbddp import _limits, _process
 from nbddp._errors import LaunchError
 
 _PREFIX = "nbddp-"
@@ -208,9 +208,11 @@ class Session:
         self.launcher_log = os.path.join(self.root, "launcher.log")
         self._numbers = itertools.count(1)
         self._logs: str | None = None
+        self._ruins: list[str] = []
 
     def new_run(self) -> RunDir:
         """Return a fresh run directory. Raises LaunchError if it cannot be made."""
+        self._delete()
         return RunDir.create(os.path.join(self.root, f"run-{next(self._numbers)}"))
 
     def check(self) -> None:
@@ -220,6 +222,17 @@ class Session:
                 f"refusing the session directory {self.root}: {_whose(self.root)}. Somebody has changed it since "
                 "it was made. Restart the kernel, with TMPDIR set to a folder in which others cannot rename your files"
             )
+
+    def end_run(self, run: RunDir) -> None:
+        """Delete a run's directory."""
+        self._delete(run.root, _shm_twin(run.root))
+
+    def _delete(self, *paths: str) -> None:
+        """Delete folders; what cannot be deleted now, for want of descriptors, goes before the next run."""
+        ruins, self._ruins = [*self._ruins, *paths], []
+        for path in ruins:
+            shutil.rmtree(path, ignore_errors=True)
+        self._ruins += filter(os.path.exists, ruins)
 
     @property
     def logs(self) -> str | None:
@@ -234,7 +247,7 @@ class Session:
         """Keep the logs of a run that has ended; those of the one before are deleted."""
         old, self._logs = self._logs, logs
         if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+            self._delete(old)
 
     def close(self) -> None:
         """Delete the directory and give up the lock."""
@@ -323,6 +336,8 @@ def _free(path: str) -> int:
 
 def cannot_write(what: str, path: str, error: OSError) -> LaunchError:
     """Return the error for a file of nbddp's own that could not be written, with the next step."""
+    if _limits.is_about_files(error):
+        return LaunchError(_limits.no_more_files(f"cannot {what}"))
     reason = (error.strerror or str(error)).lower()
     step = "make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable"
     place = _temp_dir() if path.startswith(_temp_dir()) else os.path.dirname(path)

@@ -159,12 +159,15 @@ def hang_up() -> None:
     A rank that has ended lives on until torchrun lets it go. Others that wait for it in a collective are to see it
     leave, not to wait as long.
     """
-    null = os.open(os.devnull, os.O_RDWR)
+    # To it nobody ever sends anything.
+    silent = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    silent.setblocking(False)
     for fd, _ in connections():
         # Not shut down: gloo's thread, which waits on it, would take that for an error and abort. And not closed: its
-        # number must not become another file's while there are objects that hold it.
-        os.dup2(null, fd)
-    os.close(null)
+        # number must not become another file's while there are objects that hold it. Nor /dev/null: gloo aborts, too,
+        # if it comes to wait for what cannot be waited for.
+        os.dup2(silent.fileno(), fd)
+    silent.close()
 
 
 def break_off() -> None:

@@ -130,6 +130,7 @@ def _enter(*, init: bool, backend: str | None, gpus: bool, **_: Any) -> str:
         # A process started by one that ignores SIGINT, as the launcher does, would never see a KeyboardInterrupt.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         _state.notebook = _uplink.Uplink(_state.run_dir, secret)
+        _state.notebook.listen()
     elif "RANK" not in os.environ:
         raise SystemExit(f"run this with torchrun: torchrun --nproc-per-node 2 {sys.argv[0]}")
     _complete("connected")

@@ -6,6 +6,7 @@ Torchrun's agent connects to the same socket, and says at its end how those died
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import selectors
@@ -31,15 +32,6 @@ PEER_GONE = re.compile(r"Connection closed by peer|Connection reset by peer|Brok
 # is left alone for some milliseconds; their pipes hold far more than they print in that time.
 _GATHER_SECONDS = 0.02
 _LITTLE = 1 << 15
-
-# Of the kernel's: a rank's socket, output, pidfd and log; and what a kernel has open anyway.
-_DESCRIPTORS_PER_RANK = 4
-_DESCRIPTORS_BESIDES = 100
-
-
-def descriptors(ranks: int) -> int:
-    """Return how many files the kernel must be allowed to have open to follow that many ranks."""
-    return ranks * _DESCRIPTORS_PER_RANK + _DESCRIPTORS_BESIDES
 
 
 @dataclass
@@ -139,6 +131,8 @@ class Ranks:
         self.values: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
         self.times: dict[str, float] = {}
         self.agent_ended = False
+        # Also those of the agent, and of who has connected and not said who it is.
+        self._inboxes: list[_wire.Inbox] = []
         # The outputs of all ranks, as one source of the loop.
         self._outputs = selectors.DefaultSelector()
         self.due = float("inf")
@@ -161,6 +155,8 @@ class Ranks:
         self._outputs.close()
         for state in self.states.values():
             _close(state)
+        for inbox in self._inboxes:
+            inbox.close()
 
     def see_deaths(self) -> None:
         """Take all ranks for dead that have not said that they ended."""
@@ -178,8 +174,9 @@ class Ranks:
         with contextlib.suppress(BlockingIOError):
             while True:
                 connection, _ = self._server.accept()
-                connection.setblocking(False)
                 inbox = _wire.Inbox(connection)
+                self._inboxes.append(inbox)
+                connection.setblocking(False)
                 self._loop.watch(connection, partial(self._greet, inbox))
 
     def _greet(self, inbox: _wire.Inbox) -> None:
@@ -219,6 +216,9 @@ class Ranks:
                 self._relay.restart(old.rank)
             self.states = {}
             self.values = {}
+        if not inbox.fds:
+            # Linux leaves out what finds no place, and says nothing.
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         output = inbox.fds.pop(0)
         pidfd = inbox.fds.pop(0) if inbox.fds else None
         os.set_blocking(output, False)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbddp import _advice, _doctor, _palette, _raised, _where
+from nbddp import _advice, _doctor, _limits, _palette, _raised, _where
 from nbddp._errors import LaunchError, RankError, RunLostError, RunTimeout
 from nbddp._paths import RunDir
 from nbddp._ranks import PEER_GONE, RankState, how_it_died, in_short, in_short_of_other, rank_list
@@ -29,9 +29,11 @@ class Circumstances:
         env: Their environment.
         timeout: The --timeout that it had.
         oom_kills: How many processes the system killed for want of memory during the run.
+        said: The end of what each rank has printed.
         known: Names that the notebook has and the ranks were not given.
         sent: The objects that went to the ranks.
         launcher: What the launcher said last, if it ended before the run did.
+        said: The end of what each rank has printed.
     """
 
     run_dir: RunDir
@@ -40,6 +42,7 @@ class Circumstances:
     env: Mapping[str, str]
     timeout: float | None
     oom_kills: int
+    said: Mapping[int, str]
     known: Iterable[str] = ()
     sent: Sequence[Any] = ()
     launcher: str | None = None
@@ -61,8 +64,10 @@ def error_of(ending: Ending, run: Circumstances) -> BaseException:
     if run.launcher is not None:
         return RunLostError("nbddp's launcher ended, and the run with it", notes=(run.launcher,))
     if ending.cause == "no ranks" or ending.first is None:
-        notes = (*_last_words(run.run_dir), *_hindrances(run))
-        return LaunchError("torchrun could not start the ranks", notes=notes)
+        words, what = _last_words(run.run_dir), "torchrun could not start the ranks"
+        if (explained := _limits.explanation(what, "\n".join(words))) is not None:
+            return LaunchError(explained)
+        return LaunchError(what, notes=(*words, *_hindrances(run)))
     said_nothing = ending.first.outcome is None and ending.first.failing is None
     if ending.agent_status is not None and ending.agent_status < 0 and said_nothing:
         return RunLostError(f"torchrun's agent {how_it_died(ending.agent_status)}, and the ranks with it")
@@ -140,6 +145,8 @@ def _story(ending: Ending, first: RankState, run: Circumstances) -> _Story:
         return _Story(f"{name} raised {in_short(first)}", notes=["It was ended before it could send its traceback"])
     story = _Story(f"{name} {how_it_died(first.exitcode)}", exitcode=first.exitcode)
     story.notes += _where.last_words(first, run.run_dir, run.sources)
+    if (explained := _limits.explanation_of_death(run.ranks, run.said.get(first.rank, ""))) is not None:
+        story.notes.append(explained)
     if first.exitcode == -9 and run.oom_kills:
         story.notes.append(
             "The system killed a process for want of memory during this run. Less data per rank, a smaller batch or "
@@ -160,9 +167,12 @@ def _story_of_exception(name: str, ending: Ending, first: RankState, run: Circum
             f"The notebook has a variable {outcome['missing']!r}, but the cell does not name it in a way that nbddp "
             "can see; mention it in the cell"
         )
+    explained = _limits.explanation_of_error(outcome["message"])
     finished = [r for r, s in sorted(ending.ranks.items()) if (s.outcome or {}).get("outcome") == "done"]
     if finished and PEER_GONE.search(outcome["message"]):
         story.notes.append(_advice.on_early_end(rank_list(finished)))
+    elif explained is not None:
+        story.notes.append(explained)
     elif advice := _advice.on_exception(outcome["exception"], outcome["message"]):
         story.notes.append(advice)
     return story

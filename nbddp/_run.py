@@ -112,7 +112,11 @@ class Run:
         self._wait_until_gone = wait_until_gone
         self._wake = wake
         self._loop = Loop()
-        self._ranks = Ranks(server, self._loop, relay, arrived=self._arrived, began=self._began)
+        try:
+            self._ranks = Ranks(server, self._loop, relay, arrived=self._arrived, began=self._began)
+        except OSError:
+            self._loop.close()
+            raise
         self.panel = Panel(self._ranks, launch.ranks, relay.outputs, screen, meter)
         self._slow_start_at = time.monotonic() + _SLOW_START_SECONDS
         self._announced = -1  # the attempt whose failure the user has been told of
@@ -120,6 +124,7 @@ class Run:
         self._cause = "done"
         self._killed = False
         self._agent: int | None = None
+        self._kill_sent = False
         self._launcher_ended = False
         self._launcher_died = False
         self._agent_status: int | None = None
@@ -293,11 +298,14 @@ class Run:
                 state.stopped = True
             self._killed = True
             return
+        if step is Step.INTERRUPT:
+            # The stacks first, and of all ranks: they are written by the C-level handler, before KeyboardInterrupt
+            # unwinds them, or the end of an interrupted rank makes the collectives of others raise.
+            for state in alive:
+                self.take_stack(state)
         for state in alive:
             match step:
                 case Step.INTERRUPT:
-                    # The stack first: it is written by the C-level handler, before KeyboardInterrupt unwinds it.
-                    self.take_stack(state)
                     if state.in_cell:
                         self._interrupt_rank(state)
                 case Step.END_STARTING:
@@ -358,7 +366,8 @@ class Run:
                     self._agent = message["pid"]
                 case "ended":
                     self._launcher_ended = True
-                    if not self._ranks.agent_ended:
+                    # If this process has had it killed, that is no news.
+                    if not (self._ranks.agent_ended or self._kill_sent):
                         self._agent_status = message["status"]
                 case "refused":
                     self._launcher_ended = True
@@ -411,6 +420,7 @@ class Run:
 
     def _send_kill(self) -> None:
         self._wake()
+        self._kill_sent = True
         with contextlib.suppress(OSError):
             self._send("kill")
 

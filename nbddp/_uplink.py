@@ -73,6 +73,12 @@ class Uplink:
             os.close(fd)
         # A worker process must not keep the connection of a dead rank open.
         os.register_at_fork(after_in_child=self._sock.close)
+
+    def listen(self) -> None:
+        """Listen for interrupts.
+
+        Not from the start: where no thread can be started the notebook is to be told so.
+        """
         threading.Thread(target=self._listen, name="nbddp", daemon=True).start()
 
     def _listen(self) -> None:
@@ -157,6 +163,12 @@ class Uplink:
         """Tell that nothing more is to come; what is printed after this is not shown."""
         with self._lock, _whole():
             flush()
+            # A notebook with many ranks to hear reads the pipe later than this; a library's last words are not to be
+            # in it by then.
+            null = os.open(os.devnull, os.O_WRONLY)
+            for fd in (1, 2):
+                os.dup2(null, fd)
+            os.close(null)
             _wire.send(self._sock, "end")
 
 

@@ -10,7 +10,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,15 @@ from jupyter_client.manager import KernelManager
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _LABEL_COLOUR = re.compile(r"\x1b\[38;5;\d+m([\[(]rank +\d+[\])])\x1b\[0m")
+
+
+class _Manager(KernelManager):  # type: ignore[misc]  # traitlets' classes are there to be subclassed
+    """Starts a kernel by another command."""
+
+    command: Sequence[str] = ()
+
+    def format_kernel_cmd(self, extra_arguments: list[str] | None = None) -> list[str]:
+        return [*self.command, *super().format_kernel_cmd(extra_arguments)]
 
 
 @dataclass
@@ -142,10 +151,14 @@ class Kernel:
     Args:
         env: Environment variables besides this process's own; None as a value removes one.
         cwd: Its working directory.
+        command: What its command is put behind, such as ``setpriv`` with options.
     """
 
-    def __init__(self, *, env: dict[str, str | None] | None = None, cwd: str | None = None) -> None:
-        self._manager = KernelManager(kernel_name="python3")
+    def __init__(
+        self, *, env: dict[str, str | None] | None = None, cwd: str | None = None, command: Sequence[str] = ()
+    ) -> None:
+        self._manager = _Manager(kernel_name="python3")
+        self._manager.command = command
         full = {**os.environ, **(env or {})}
         self._manager.start_kernel(
             env={k: v for k, v in full.items() if v is not None},

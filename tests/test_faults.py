@@ -113,6 +113,17 @@ def test_a_rank_that_dies(kernel: Kernel, code: str, how: str) -> None:
         assert re.search(r"rank 1: .*on line 4 of the cell: \S+", reply.traceback)
 
 
+def test_a_rank_that_dies_while_torchrun_is_too_slow_to_say_how(kernel: Kernel) -> None:
+    # As on a machine that is too busy: torchrun gets nowhere, and its agent is killed in the end.
+    reply = kernel.run(
+        "%%ddp --cpus 2\nimport os, signal, time\nif rank == 1:\n    os.kill(os.getppid(), signal.SIGSTOP)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
+    )
+    assert reply.error == "RankError"
+    assert reply.message == "rank 1 of 2 left before the end of the cell"
+    assert reply.seconds < 12
+
+
 def test_a_rank_that_leaves_quietly(kernel: Kernel) -> None:
     reply = kernel.run("%%ddp --cpus 2\nimport os, time\nif rank == 1:\n    os._exit(0)\ntime.sleep(60)")
     assert reply.error == "RankError"
@@ -266,7 +277,10 @@ def test_more_ranks_than_there_are_descriptors(kernel: Kernel) -> None:
     reply = kernel.run("%%ddp --cpus 100\npass")
     kernel.ok("resource.setrlimit(resource.RLIMIT_NOFILE, limits)")
     assert reply.error == "LaunchError"
-    assert reply.message.startswith("100 ranks: following them takes 500 open files, and this process may have 400.")
+    assert reply.message.startswith("100 ranks: following them takes 424 more open files, and this process has ")
+    assert " of the 400 that it may have. Close some, ask for fewer ranks, or raise the limit (ulimit -n)" in (
+        reply.message
+    )
     kernel.ok("%%ddp --cpus 1\npass")
 
 

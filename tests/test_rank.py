@@ -247,6 +247,16 @@ def test_tensors_are_shared_copy_on_write(kernel: Kernel) -> None:
     assert kernel.get("big.sum().item()") == 0.0
 
 
+def test_no_rank_goes_on_before_the_last_is_forked(kernel: Kernel) -> None:
+    # One that did would keep the agent's thread, which serves the store, busy while others are forked.
+    kernel.ok(
+        "%%ddp --cpus 20 --no-init --gather there\nimport os, time\n"
+        "with open(f'/proc/{os.getppid()}/task/{os.getppid()}/children') as file:\n"
+        "    there = len(file.read().split())\ntime.sleep(1)",
+    )
+    assert kernel.get("there") == [20] * 20
+
+
 def test_hanging_up_closes_connections_and_nothing_else() -> None:
     server = socket.create_server(("127.0.0.1", 0))
     client = socket.create_connection(server.getsockname())
