@@ -23,7 +23,7 @@ from IPython.core.magic import Magics, line_cell_magic, magics_class
 from traitlets import Bool, Float, Int
 
 from nbddp import _closure, _doctor, _job, _logs, _names, _settings
-from nbddp._errors import LaunchError, NbddpError, ResultError
+from nbddp._errors import LaunchError, NbddpError, RankError, ResultError
 from nbddp._function import client
 from nbddp._options import HelpAsked, OptionError, Options, help_text, option_names, parse
 from nbddp._relay import DISPLAY_LIMIT, TEXT_LIMIT, View
@@ -116,6 +116,13 @@ class DDPMagics(Magics):
         except ResultError as error:
             self._left_over = error.results
             raise
+        except RankError as error:
+            failure: RankError | None = error
+        else:
+            failure = None
+        if failure is not None:
+            # What %debug stops at, and shows.
+            raise failure.with_traceback(None)  # The rank has ended, its variables with it: print them in the cell
         stale = _stale_optimizers(self.shell.user_ns, finished.results)
         # One call into C, which no interrupt can tear.
         self.shell.user_ns.update(finished.results)

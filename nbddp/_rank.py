@@ -134,6 +134,8 @@ def _enter(*, init: bool, backend: str | None, gpus: bool, **_: Any) -> str:
     elif "RANK" not in os.environ:
         raise SystemExit(f"run this with torchrun: torchrun --nproc-per-node 2 {sys.argv[0]}")
     _complete("connected")
+    if "PYTHONBREAKPOINT" not in os.environ:
+        sys.breakpointhook = _no_debugger
     _repair.name_process(f"nbddp-rank{os.environ['RANK']}")
     import torch.distributed as dist
 
@@ -149,6 +151,13 @@ def _enter(*, init: bool, backend: str | None, gpus: bool, **_: Any) -> str:
         _group.init(backend, device, _state.run_dir)
     _complete("process group")
     return str(device)
+
+
+def _no_debugger(*_: Any, **__: Any) -> None:
+    raise RuntimeError(
+        "breakpoint() in a rank: a debugger has nobody to ask there. Print in the cell, bring names back with --out or "
+        "--gather, or run the code with breakpoint() in the notebook itself"
+    )
 
 
 def _given_names(define: tuple[str, ...], device: str) -> dict[str, Any]:

@@ -177,9 +177,18 @@ class Kernel:
         *,
         timeout: float = 60.0,
         seen: Callable[[Reply, dict[str, Any]], object] = lambda *_: None,
+        stdin: Sequence[str] = (),
     ) -> Reply:
-        """Run a cell and wait for its end; `seen` is called with the reply so far and each new output message."""
+        """Run a cell and wait for its end.
+
+        Args:
+            code: The cell.
+            timeout: Seconds to wait.
+            seen: Called with the reply so far and each new output message.
+            stdin: What is typed when the kernel asks for input.
+        """
         reply = Reply()
+        typed = iter(stdin)
 
         def collect(message: dict[str, Any]) -> None:
             reply.outputs.append((message["msg_type"], message["content"]))
@@ -187,7 +196,12 @@ class Kernel:
 
         began = time.perf_counter()
         answer = self.client.execute_interactive(
-            code, output_hook=collect, timeout=timeout, allow_stdin=False, stop_on_error=False
+            code,
+            output_hook=collect,
+            stdin_hook=lambda _: self.client.input(next(typed)),
+            timeout=timeout,
+            allow_stdin=bool(stdin),
+            stop_on_error=False,
         )
         reply.seconds = time.perf_counter() - began
         reply.status = answer["content"]["status"]

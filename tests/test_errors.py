@@ -144,6 +144,17 @@ def test_a_keyboard_interrupt_that_the_cell_raises(kernel: Kernel) -> None:
     assert "line 4" in reply.traceback
 
 
+def test_debug_says_that_the_rank_is_gone(kernel: Kernel) -> None:
+    kernel.run("%%ddp --cpus 1\n1 / 0")
+    reply = kernel.run("%debug\n", stdin=["q"])
+    assert "The rank has ended, its variables with it: print them in the cell" in reply.text
+
+
+def test_a_breakpoint_in_a_rank(kernel: Kernel) -> None:
+    reply = kernel.run("%%ddp --cpus 1\nbreakpoint()")
+    assert reply.message.startswith("breakpoint() in a rank: a debugger has nobody to ask there. Print in the cell")
+
+
 # What to do about it.
 
 

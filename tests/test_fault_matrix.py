@@ -20,6 +20,7 @@ import pytest
 from tests.faults import ROWS, Fault
 from tests.kernel import Kernel, Reply
 from tests.test_lifecycle import SHELL_STATE, launcher_of
+from tests.test_processes import is_alive
 
 TABLE = Path(__file__).parent.parent / "docs" / "faults.md"
 
@@ -113,7 +114,7 @@ def test_fault(
         assert kernel.get(row.checks) is True
     # Nothing of the kernel's has changed: descriptors, threads, signal handlers, environment.
     keys = ("descriptors", "handlers", "threads", "environment")
-    assert kernel.get(f"[k for k in {keys!r} if state[k] != shell_state()[k]]") == []
+    assert kernel.get(f"{{k: (state[k], shell_state()[k]) for k in {keys!r} if state[k] != shell_state()[k]}}") == {}
     assert kernel.ok("%%ddp --cpus 2\nprint('works')").lines == ["[rank 0] works", "[rank 1] works"]
     measured[row, ranks] = seconds, gone, quoted
 
@@ -171,7 +172,9 @@ def test_a_kernel_that_is_killed_for_want_of_memory(little_memory: Kernel) -> No
     root = Path("/sys/fs/cgroup/memory") if "memory" in group else Path("/sys/fs/cgroup")
     (root / group.rpartition(":")[2].lstrip("/") / "cgroup.procs").write_text(str(hog.pid))
     hog.communicate(b"\n")
-    _, alive = psutil.wait_procs([launcher, *processes], timeout=2)
+    deadline = time.monotonic() + 2
+    while (alive := [p for p in (launcher, *processes) if is_alive(p)]) and time.monotonic() < deadline:
+        time.sleep(0.02)
     assert not alive
     assert not little_memory.alive()
 

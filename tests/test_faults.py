@@ -120,7 +120,8 @@ def test_a_rank_that_dies_while_torchrun_is_too_slow_to_say_how(kernel: Kernel) 
         "    os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
     )
     assert reply.error == "RankError"
-    assert reply.message == "rank 1 of 2 left before the end of the cell"
+    # How it died is read from the system, as long as its parent has not taken note of it.
+    assert reply.message == "rank 1 of 2 was killed by signal 9 (SIGKILL)"
     assert reply.seconds < 12
 
 

@@ -14,7 +14,8 @@ from tests.kernel import Kernel
 def test_while_running_ranks_clean_up_and_say_where_they_were(kernel: Kernel) -> None:
     kernel.ok("import torch, torch.distributed as dist")
     reply = kernel.run_and(
-        "%%ddp --cpus 2\nimport time\nprint('up')\ntry:\n    time.sleep(60)\nfinally:\n    print('cleaned')",
+        "%%ddp --cpus 2\nimport time; dist.barrier()\nprint('up')\ntry:\n    time.sleep(60)\n"
+        "finally:\n    print('cleaned')",
         "[rank 1] up",
         kernel.interrupt,
     )

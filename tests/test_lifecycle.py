@@ -22,11 +22,12 @@ from tests.kernel import Kernel
 
 PACKAGE = Path(nbddp.__file__).parent
 
-SHELL_STATE = """
-import gc, os, signal, sys, threading, atexit
+SHELL_STATE = r"""
+import gc, os, re, signal, sys, threading, atexit
 def descriptors():
     links = [os.readlink(e.path) for e in os.scandir("/proc/self/fd") if os.path.islink(e.path)]
-    return len([link for link in links if "sqlite" not in link])  # IPython's history comes and goes
+    # IPython's history comes and goes.
+    return sorted(re.sub(r"\d+", "", link) for link in links if "sqlite" not in link)
 def shell_state():
     ip = get_ipython()
     return {
