@@ -75,8 +75,9 @@ class RankState:
 
     @property
     def is_telling(self) -> bool:
-        """Whether it has failed and is about to say how."""
-        return self.failing is not None and self.outcome is None and not self.ended
+        """Whether it has failed by itself and is about to say how."""
+        waiting = self.failing is not None and self.outcome is None and not self.ended
+        return waiting and not PEER_GONE.search(self.message)
 
     @property
     def message(self) -> str:

@@ -337,7 +337,7 @@ class Run:
 
     def _end_rank(self, state: RankState, signum: int) -> None:
         """End a rank, unless it has said how it ended or, having failed by itself, is about to."""
-        if state.outcome is None and state.failing is None:
+        if state.outcome is None and not state.is_telling:
             state.stopped = True
             _process.send_signal(state.pid, state.pidfd, signum)
 
