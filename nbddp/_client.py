@@ -21,7 +21,8 @@ from nbddp._paths import Session, sweep
 _GOODBYE_SECONDS = 1.0
 
 _COMMAND = (
-    "import sys; sys.path[:] = {path!r}; from nbddp._launcher import main; main({kernel}, {session!r}, {control})"
+    "import sys; sys.path[:] = {path!r}; from nbddp._launcher import main; "
+    "main({kernel}, {session!r}, {control}, {locks})"
 )
 
 
@@ -64,7 +65,11 @@ class Client:
             self._stop_launcher()
             ours, theirs = _socketpair()
             command = _COMMAND.format(
-                path=_path_for_launcher(), kernel=os.getpid(), session=session.root, control=theirs.fileno()
+                path=_path_for_launcher(),
+                kernel=os.getpid(),
+                session=session.root,
+                control=theirs.fileno(),
+                locks=session.locks,
             )
             env |= dict.fromkeys(_settings.THREAD_LIMITS, "1")
             env |= {_settings.SESSION: session.name, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
@@ -77,7 +82,7 @@ class Client:
                         stderr=log,
                         env=env,
                         cwd=session.root,
-                        pass_fds=[theirs.fileno()],
+                        pass_fds=[theirs.fileno(), *session.locks],
                         # Jupyter's interrupt signals the kernel's whole group; ranks are told once, by nbddp.
                         start_new_session=True,
                     )

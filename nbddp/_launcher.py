@@ -79,7 +79,8 @@ class _Run:
 class Launcher:
     """The event loop. Everything happens in its one thread."""
 
-    def __init__(self, control: socket.socket, kernel: int, session: str) -> None:
+    def __init__(self, control: socket.socket, kernel: int, session: str, locks: tuple[int, ...]) -> None:
+        self._locks = locks
         self._control = control
         self._kernel = kernel
         self._session = session
@@ -267,6 +268,8 @@ class Launcher:
                 key.fileobj.close()  # type: ignore[attr-defined]  # they are sockets
         self._waker.close()
         self._selector.close()
+        for fd in self._locks:
+            os.close(fd)
 
     def _command(self, run: _Run) -> None:
         for message in run.inbox.receive():
@@ -382,16 +385,19 @@ def make_ready_to_fork() -> None:
     gc.freeze()
 
 
-def main(kernel: int, session: str, control: int) -> None:
+def main(kernel: int, session: str, control: int, locks: tuple[int, ...]) -> None:
     """Be the launcher of a kernel.
 
     Args:
         kernel: The kernel's pid.
         session: The session's directory.
         control: The descriptor of this end of the control socket.
+        locks: The descriptors of the session's locks: while this process cleans up after its kernel, no other kernel is
+            to take the session for a dead one's.
     """
     # Nothing sends it one, but what is forked from here would otherwise have a handler of Python's.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.set_inheritable(control, False)
+    for fd in (control, *locks):
+        os.set_inheritable(fd, False)
     _process.become_subreaper()
-    Launcher(socket.socket(fileno=control), kernel, session).serve()
+    Launcher(socket.socket(fileno=control), kernel, session, locks).serve()

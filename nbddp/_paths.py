@@ -235,6 +235,11 @@ class Session:
         self._ruins += filter(os.path.exists, ruins)
 
     @property
+    def locks(self) -> tuple[int, ...]:
+        """The descriptors of the locks. Who inherits one keeps the session from being taken for dead."""
+        return tuple(self._locks)
+
+    @property
     def logs(self) -> str | None:
         """The directory with the ranks' logs of the last run, if there was one."""
         return self._logs

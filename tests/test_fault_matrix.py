@@ -79,7 +79,7 @@ def run(kernel: Kernel, row: Fault, ranks: int) -> tuple[Reply, float]:
     return reply, time.monotonic() - acted[0]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_fault(
     kernel: Kernel,

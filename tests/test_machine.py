@@ -79,12 +79,17 @@ def check_no_files(reply: Reply) -> None:
     assert reply.error in ("LaunchError", "RunLostError"), reply.traceback
     assert NO_FILES.search(reply.message), reply.message
     assert reply.traceback == f"{reply.error}: {reply.message}"
-    assert reply.text == ""
+    # IPython's history may have something to say of its own.
+    assert reply.text == "" or "IPythonHistorySavingThread" in reply.text
 
 
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_notebook_that_has_used_up_its_open_files(new_kernel: Callable[..., Kernel], fresh: bool) -> None:
     kernel = new_kernel()
+    # IPython's own thread for the history would find no files either, and end.
+    kernel.ok(
+        "history = get_ipython().history_manager\nhistory.save_thread.stop()\nhistory.enabled = False\ndel history"
+    )
     kernel.ok(FILES + STATE + "import torch, torch.distributed as dist")
     if not fresh:
         prepare(kernel)
@@ -102,7 +107,8 @@ def test_a_notebook_that_has_used_up_its_open_files(new_kernel: Callable[..., Ke
             assert reply.seconds < 2
         check_works(kernel)
         before = before or kernel.get("state()")
-        assert kernel.get("state()") == before, free
+        now = kernel.get("state()")
+        assert now == before, (free, [(a, b) for a, b in zip(now, before, strict=True) if a != b])
     # Not more than it needs is asked for.
     assert worked >= 8 or fresh
 
@@ -189,7 +195,7 @@ def test_a_rank_that_opens_too_many_files(new_kernel: Callable[..., Kernel]) -> 
     reply = kernel.run(
         "%%ddp --cpus 2\nfiles = []\nif rank == 1:\n    while True:\n        files.append(open('/dev/null'))"
     )
-    assert reply.message == "rank 1 of 2 raised OSError: [Errno 24] Too many open files: '/dev/null'"
+    assert reply.failure == "rank 1 of 2 raised OSError: [Errno 24] Too many open files: '/dev/null'"
     limit = kernel.get("files_before[0]")
     assert (
         f"Most likely: too many open files; a process may have {limit}. "
@@ -229,6 +235,8 @@ def leave_processes(free):
 def give_back_processes():
     resource.setrlimit(resource.RLIMIT_NPROC, processes_before)
 import time
+
+pytestmark = pytest.mark.slow
 processes_before = resource.getrlimit(resource.RLIMIT_NPROC)
 """
 
@@ -263,7 +271,7 @@ def check_no_processes(reply: Reply, limit: int) -> None:
         assert reply.message.endswith(said)
         assert reply.traceback == f"LaunchError: {reply.message}"
     else:
-        assert re.match("rank [01] of 2 (raised|was killed by signal 6)", reply.message), reply.traceback
+        assert re.match("rank [01] of 2 (raised|was killed by signal 6)", reply.failure), reply.traceback
         assert f"Most likely: {said}" in reply.traceback.splitlines(), reply.traceback + reply.text
 
 
@@ -296,7 +304,7 @@ def test_no_processes_left_for_the_agent_the_ranks_or_their_threads(users_kernel
         if reply.status == "error":
             check_no_processes(reply, limit)
             assert reply.seconds < 5
-            seen.add(re.sub(r"[:(].*|rank \d of 2 ", "", reply.message).strip())
+            seen.add(re.sub(r"[:(].*|rank \d of 2 ", "", reply.failure).strip())
         check_works(kernel)
         assert kernel.get("state()") == before
     assert reply.status == "ok"
@@ -314,8 +322,8 @@ def test_no_processes_left_for_what_a_cell_starts(users_kernel: Kernel) -> None:
     reply = kernel.run(
         "%%ddp --cpus 2\nchildren = []\nwhile True:\n    if (pid := os.fork()) == 0:\n        time.sleep(9)"
     )
-    assert reply.message.startswith("rank ")
-    assert "raised BlockingIOError: [Errno 11] Resource temporarily unavailable" in reply.message
+    assert reply.failure.startswith("rank ")
+    assert "raised BlockingIOError: [Errno 11] Resource temporarily unavailable" in reply.failure
     check_no_processes(reply, limit)
     kernel.ok("give_back_processes()")
     # libgomp ends the process, and says why on stderr.
@@ -340,7 +348,8 @@ def in_mounts(script: str) -> tuple[str, ...]:
 
 SHM_READ_ONLY = "mount --bind /dev/shm /dev/shm\nmount -o remount,bind,ro /dev/shm"
 SHM_FULL = "mount -t tmpfs -o size=64k none /dev/shm\ndd if=/dev/zero of=/dev/shm/x bs=1k 2>/dev/null || true"
-SHM_SMALL = "mount -t tmpfs -o size=64k none /dev/shm"
+# Semaphores of a run of two ranks take 36 kB, and those of the run before may be there for a moment.
+SHM_SMALL = "mount -t tmpfs -o size=128k none /dev/shm"
 SHM_ABSENT = """
 dev=$(mktemp -d)
 mount -t tmpfs none $dev
@@ -412,7 +421,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_run(new_kernel: Callable[..., Ke
         assert mine.count(f"[rank {rank}] (nbddp: the log of this rank ends here: No space left on device)") == 1
     # Errors are whole.
     reply = run("if rank == 1:\n    raise ValueError('mine')\ndist.barrier()")
-    assert reply.message == "rank 1 of 2 raised ValueError: mine"
+    assert reply.failure == "rank 1 of 2 raised ValueError: mine"
     assert "----> 5     raise ValueError('mine')" in reply.traceback
     # Where ranks are does not fit on the disk any more; that they were interrupted is still said.
     reply = kernel.run_and(
@@ -446,7 +455,7 @@ def test_results_for_which_neither_memory_nor_disk_has_room(
     # Each sees room for its own, and there is room for one.
     reply = kernel.run("%%ddp --cpus 2 --gather y\ny = torch.ones(9_000)")
     assert reply.error == "ResultError"
-    assert "o space left on device" in reply.message or "no room for" in reply.message
+    assert "o space left on device" in reply.message or "no room for" in reply.failure
     check_works(kernel)
 
 
@@ -488,7 +497,7 @@ def test_a_clock_that_jumps_in_the_middle_of_a_run(
     kernel.ok("import time")
     began = time.monotonic()
     reply = kernel.run_and(
-        "%%ddp --cpus 2 --timeout 60 --out jump,y\nbegan = time.time()\nprint('up', flush=True)\n"
+        "%%ddp --cpus 2 --timeout 60 --out jump,y\nbegan = time.time()\ndist.barrier()\nprint('up', flush=True)\n"
         "for _ in range(5):\n    time.sleep(0.5)\n    dist.all_reduce(y := torch.ones(1))\n"
         "y = y.item()\njump = round((time.time() - began) / 86_400)",
         "[rank 1] up",
@@ -572,8 +581,12 @@ def test_a_hundred_ranks(new_kernel: Callable[..., Kernel]) -> None:
         )
         assert reply.error == "KeyboardInterrupt"
         assert reply.text.strip() == "[rank  0] up"
-        where = [line for line in reply.traceback.splitlines() if line.startswith("rank ")]
-        assert len(where) == 100
-        assert not [line for line in where if not re.match(r"rank \d+: on line \d of the cell", line)]
+        where = [line for line in reply.traceback.splitlines() if line.startswith("rank")]
+        assert where == (
+            ["rank 0: on line 8 of the cell: time.sleep(100)",
+             "ranks 1-99: waiting in all_reduce on line 7 of the cell: dist.all_reduce(torch.ones(1))"]
+            if "all_reduce" in cell
+            else ["ranks 0-99: on line 6 of the cell: time.sleep(100)"]
+        )  # fmt: skip
         check_works(kernel)
         assert kernel.get("state()") == before

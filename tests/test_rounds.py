@@ -5,8 +5,12 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import pytest
+
 from tests.kernel import Kernel
 from tests.rounds import Plan, Series
+
+pytestmark = pytest.mark.slow
 
 ROUNDS = 10
 
