@@ -43,10 +43,15 @@ def _table(found: dict[tuple[Fault, int], tuple[float, float, list[str]]]) -> st
         for row in (row for row in ROWS if row.group == group):
             times = [f"{found[row, ranks][0]:.2f} s" for ranks in row.ranks if (row, ranks) in found]
             shown = found.get((row, 2), (0, 0, []))[2]
-            quoted = "<br>".join(f"`{line.replace('|', chr(92) + '|')}`" for line in shown)
+            quoted = "<br>".join(f"`{_cut(line)}`" for line in shown)
             lines.append(f"| {row.name} | {quoted} | {' / '.join(times)} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def _cut(line: str) -> str:
+    line = line.strip()
+    return (line if len(line) <= 110 else f"{line[:109]}…").replace("|", "\\|")
 
 
 def run(kernel: Kernel, row: Fault, ranks: int) -> tuple[Reply, float]:
