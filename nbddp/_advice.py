@@ -23,7 +23,7 @@ _ADVICE: tuple[tuple[str, str], ...] = (
         "fewer DataLoader workers, or --env NCCL_SHM_DISABLE=1. %ddp doctor shows what there is",
     ),
     (
-        r"Address already in use|EADDRINUSE",
+        r"^Dist\w*Error: .*(Address already in use|EADDRINUSE)",
         "Something listens on that port already. nbddp gives every run a free one: init_process_group() without "
         "address and port, or with init_method='env://', uses it",
     ),
@@ -65,14 +65,15 @@ _ADVICE: tuple[tuple[str, str], ...] = (
         "A worker process of a DataLoader died. With num_workers=0 its error appears here",
     ),
     (
-        r"Timed out waiting|Timed out after|timed out.*collective|Watchdog caught collective operation timeout|"
-        r"Socket Timeout|wait timeout after",
+        r"^(RuntimeError|Dist\w*Error): .*(Timed out waiting|Timed out after|Watchdog caught collective operation|"
+        r"Socket Timeout|wait timeout after)",
         "A rank did not come to a collective that others waited in: an uneven number of batches, or a condition on "
         "`rank` around one. An interrupt, or %ddp stacks, shows where each rank is",
     ),
     (
-        r"preamble\.length|op\.nbytes|Detected mismatch between collectives",
-        "The ranks were in different collectives, or gave tensors of different sizes to one",
+        r"preamble\.length|op\.nbytes|Detected mismatch between collectives|collective mismatch",
+        "The ranks were in different collectives, or gave tensors of different sizes to one: every rank must call the "
+        "same ones, in the same order, as often",
     ),
 )
 

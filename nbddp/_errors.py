@@ -113,6 +113,9 @@ class RankError(NbddpError):
 
     original: Exception | None = None
 
+    def __init_subclass__(cls) -> None:
+        """Keep what a user's exception class does with its subclasses from happening to the ones made here."""
+
     # The line that follows the rank's traceback, if it is not this error's own name and message.
     _headline: str | None = None
 
@@ -142,4 +145,12 @@ class RankError(NbddpError):
 
 
 class RunTimeout(NbddpError, TimeoutError):  # noqa: N818  # as TimeoutError's cousins in asyncio and socket
-    """The run was stopped because ``--timeout`` passed; the notes say where each rank was."""
+    """The run was stopped because ``--timeout`` passed.
+
+    Attributes:
+        where: Where the ranks were, a line for each group that was at the same place.
+    """
+
+    def __init__(self, message: str, *, where: tuple[str, ...] = ()) -> None:
+        super().__init__(message, notes=where)
+        self.where = where

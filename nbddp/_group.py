@@ -1,16 +1,13 @@
 """A rank's device and process group, and the way in which the user's own ``init_process_group`` takes over.
 
 nbddp's own group meets in a file of the run directory: on a port, any user of the machine could read and change what
-the ranks tell each other. The port that MASTER_PORT names is opened only for a cell that asks for it.
+the ranks tell each other. There is a store on MASTER_PORT only once somebody connects to it; see `nbddp._rendezvous`.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-import sys
-import time
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,9 +20,6 @@ from nbddp._paths import RunDir
 # nbddp's keys in torchrun's store, where the script runs without a notebook. With torch's own prefix, a group that the
 # cell makes for itself after nbddp's was destroyed would read the addresses of the old one.
 _PREFIX = "nbddp"
-
-# Seconds that torchrun's agent may take to open the store; it looks every 0.05 (0.1 without fork).
-_SERVE_SECONDS = 30.0
 
 _ours: Any = None
 
@@ -66,7 +60,7 @@ def init(backend: str | None, device: torch.device, run_dir: RunDir | None) -> N
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if run_dir is not None:
-        store: Any = dist.FileStore(run_dir.meeting_place(int(os.environ["MASTER_PORT"])), world_size)
+        store: Any = dist.FileStore(run_dir.meeting_place(int(os.environ["TORCHELASTIC_RESTART_COUNT"])), world_size)
         store.set_timeout(distributed_c10d.default_pg_timeout)
     else:
         store, rank, world_size = next(dist.rendezvous("env://"))
@@ -98,36 +92,15 @@ def let_user_take_over() -> None:
     dist.init_process_group = init_process_group
 
 
-def open_port_when_asked(run_dir: RunDir) -> None:
-    """Have torchrun's agent serve its store when the cell, or a library, asks for ``env://`` or ``tcp://``."""
-    asked, served = run_dir.store_marks(int(os.environ["MASTER_PORT"]))
-    # `dist.rendezvous` is the function of that name.
-    handlers = sys.modules["torch.distributed.rendezvous"]._rendezvous_handlers
-
-    def asking(original: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-        @functools.wraps(original)
-        def handler(*args: Any, **kwargs: Any) -> Iterator[Any]:
-            deadline = time.monotonic() + _SERVE_SECONDS
-            while not os.path.exists(served) and time.monotonic() < deadline:
-                if not os.path.exists(asked):
-                    open(asked, "w").close()
-                time.sleep(0.005)
-            yield from original(*args, **kwargs)
-
-        return handler
-
-    for scheme in ("env", "tcp"):
-        handlers[scheme] = asking(handlers[scheme])
-
-
-def refuse_strangers() -> None:
-    """Have every process group that is made look who its peers are."""
+def look_at_peers_of_new_groups() -> None:
+    """Have every process group that is made see that its new connections are this user's; see `nbddp._peers`."""
     original = distributed_c10d._new_process_group_helper
 
     @functools.wraps(original)
     def new_process_group(*args: Any, **kwargs: Any) -> Any:
+        before = _peers.connections()
         made = original(*args, **kwargs)
-        _peers.refuse_strangers()
+        _peers.refuse_strangers(_peers.connections() - before)
         return made
 
     distributed_c10d._new_process_group_helper = new_process_group

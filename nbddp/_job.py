@@ -24,7 +24,7 @@ from typing import Any
 
 from nbddp import _client, _closure, _devices, _limits, _plots, _process, _results, _settings, _where, _wire
 from nbddp._agent import Launch, torchrun_options
-from nbddp._errors import LaunchError, RunLostError
+from nbddp._errors import LaunchError, NbddpError, RunLostError
 from nbddp._memory import Meter
 from nbddp._options import Options
 from nbddp._paths import RunDir, cannot_write, format_size
@@ -134,6 +134,8 @@ def perform(job: Job, client: _client.Client, screen: Screen) -> Finished:
     _limits.check_files(0)
     try:
         return _perform(job, client, screen)
+    except NbddpError:
+        raise  # it may be an OSError as well: what a rank has raised
     except OSError as error:
         if not _limits.is_about_files(error):
             raise
@@ -357,6 +359,7 @@ class _Attempt:
             run.ranks,
             run.env,
             self.job.options.timeout,
+            self.gate,
             oom_kills,
             said,
             known=self.job.known - set(self.job.names),

@@ -355,6 +355,8 @@ def _spawn(launch: _agent.Launch) -> int:
 
 def import_for_ranks(temp: str) -> None:
     """Import what every rank needs, and make its shell."""
+    import pdb  # noqa: F401
+
     import torch
     import torch.distributed.run
     import torch.nn.parallel  # noqa: F401

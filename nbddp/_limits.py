@@ -32,7 +32,10 @@ _NO_FILES = (errno.EMFILE, errno.ENFILE)
 
 _FILES_SAID = re.compile(re.escape(os.strerror(errno.EMFILE)))
 _SEMAPHORE_SAID = re.compile(r"_multiprocessing\.SemLock\([\s\S]*Error: \[Errno \d+\] (.*)")
-_PROCESSES_SAID = re.compile(rf"{re.escape(os.strerror(errno.EAGAIN))}|can't start new thread|Thread creation failed")
+_PROCESSES_SAID = re.compile(r"can't start new thread|Thread creation failed")
+# Sockets and locks say this as well; so it counts where a process or a thread was being started.
+_TRY_AGAIN_SAID = re.compile(re.escape(os.strerror(errno.EAGAIN)))
+_STARTS = re.compile(r"fork|Popen|[Tt]hread|Process|clone|\.start\(")
 
 
 def check_files(ranks: int) -> None:
@@ -118,8 +121,10 @@ def no_more_processes(what: str) -> str:
     )
 
 
-def explanation_of_error(said: str) -> str | None:
+def explanation_of_error(said: str, traceback: str) -> str | None:
     """Return what a rank's exception most likely means, if its message tells of one of these limits."""
+    if _TRY_AGAIN_SAID.search(said) and _STARTS.search(traceback):
+        return no_more_processes(_MOST_LIKELY)
     return explanation(_MOST_LIKELY, said)
 
 
@@ -131,7 +136,7 @@ def explanation(what: str, said: str) -> str | None:
         return f"{what}: it needs semaphores, whose place is /dev/shm, and can make none there: {reason}. {step}"
     if _FILES_SAID.search(said):
         return no_more_files(what)
-    if _PROCESSES_SAID.search(said):
+    if _PROCESSES_SAID.search(said) or (_TRY_AGAIN_SAID.search(said) and _STARTS.search(said)):
         return no_more_processes(what)
     return None
 

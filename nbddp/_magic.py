@@ -193,7 +193,7 @@ class DDPMagics(Magics):
                 close = difflib.get_close_matches(name, uses.bound, 1)
                 hint = f"; did you mean {close[0]}?" if close else ""
                 if name in self.shell.user_ns:
-                    hint = "; the notebook has it, and its name on a line of the cell would send it"
+                    hint = f"; the notebook has it, and a line of the cell with just {name} would send it"
                 raise UsageError(f"{option} {','.join(names)}: the cell never binds {name!r}{hint}")
 
     # What the last run brought back and could not assign, and the last cell that ran: its line and its text.

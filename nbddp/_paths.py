@@ -81,13 +81,9 @@ class RunDir:
         """Return the file into which a rank's faulthandler writes."""
         return os.path.join(self.root, f"stacks.{rank}")
 
-    def meeting_place(self, port: int) -> str:
-        """Return the file through which the ranks of one attempt, known by its MASTER_PORT, find each other."""
-        return os.path.join(self.root, f"store.{port}")
-
-    def store_marks(self, port: int) -> tuple[str, str]:
-        """Return the files by which a rank asks for a store on MASTER_PORT, and by which it hears that there is one."""
-        return os.path.join(self.root, f"asked.{port}"), os.path.join(self.root, f"served.{port}")
+    def meeting_place(self, attempt: int) -> str:
+        """Return the file through which the ranks find each other; after a restart, another one."""
+        return os.path.join(self.root, f"store.{attempt}")
 
     def workers_temp(self, rank: int) -> str:
         """Return the directory that multiprocessing in this rank uses for its sockets."""

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from nbddp import _results
 from nbddp._errors import RankError
 from nbddp._paths import RunDir
 from nbddp._pickling import Pickler
 
+_ARGS: Any = BaseException.__dict__["args"]
+
 _Error = TypeVar("_Error", bound=Exception)
 
+_classes: weakref.WeakKeyDictionary[type, type[RankError]] = weakref.WeakKeyDictionary()
+
 # IPython shows these in ways of its own, and would not show what happened in the rank.
-_SHOWN_OTHERWISE = ("SyntaxError", "UsageError", "BaseExceptionGroup")
+_SHOWN_OTHERWISE = ("SyntaxError", "UsageError", "BaseExceptionGroup", "BdbQuit")
 
 
 def write(error: BaseException, text: str, pickler: Callable[[], Pickler], rank: int, run_dir: RunDir) -> str | None:
@@ -35,14 +40,16 @@ def write(error: BaseException, text: str, pickler: Callable[[], Pickler], rank:
         run_dir: The run's files.
     """
     name = {"kind": type(error), "text": text}
-    content: dict[str, Any] = {"args": error.args, "values": error.args}
-    state: Any = vars(error)
+    # Not by way of the class, which may have an `args` of its own.
+    args = _ARGS.__get__(error)
+    content: dict[str, Any] = {"args": args, "values": args}
+    state: Any = object.__getattribute__(error, "__dict__")
     with contextlib.suppress(Exception):
         # An OSError knows more than its arguments; and a class may have a way of its own to be pickled.
         reduced = error.__reduce__()
         if isinstance(reduced, tuple) and reduced[0] is type(error):
             content["values"], *more = reduced[1:]
-            state = {**vars(error), **(more[0] if more and isinstance(more[0], dict) else {})}
+            state = {**state, **(more[0] if more and isinstance(more[0], dict) else {})}
     # As much of it as there can be.
     for parts in ({**name, **content, "state": state}, {**name, **content}, name):
         with contextlib.suppress(Exception):
@@ -79,7 +86,7 @@ def as_itself(error: RankError, path: str, where: str, sent: Sequence[Any]) -> R
         own_notes = list(getattr(made, "__notes__", ()))
         vars(made).update(vars(error), _headline=where)
         # Outside IPython, the interpreter prints them below the traceback.
-        made.__notes__ = [*own_notes, *made._details, where, *made._below]
+        vars(made)["__notes__"] = [*own_notes, *made._details, where, *made._below]
         return made
     return error
 
@@ -90,8 +97,11 @@ def _is_shown_otherwise(kind: type) -> bool:
 
 def class_of(kind: type[Exception]) -> type[RankError]:
     """Return a class with the name of `kind` that is a subclass of `RankError` and of `kind`."""
+    if (known := _classes.get(kind)) is not None:
+        return known
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     both: type[RankError] = type(kind.__name__, (RankError, kind), {**names, "__reduce__": _reduce})
+    _classes[kind] = both
     return both
 
 
@@ -99,18 +109,26 @@ def _make(
     kind: type[_Error], text: str, values: tuple[Any, ...], args: tuple[Any, ...], state: Mapping[str, Any]
 ) -> _Error:
     """Make an exception without a call of its type's ``__init__``, whose arguments nobody knows any more."""
-    made = kind.__new__(kind, *values)
+    # Of the built-in type that says how objects of this one are laid out: the first may be another.
+    base: Any = kind
+    while vars(builtins).get(base.__name__) is not base:
+        base = base.__base__
+    made: Any = base.__new__(kind, *values)
     # What an OSError or a UnicodeDecodeError knows is not in its dictionary.
-    built_in = next(base for base in kind.__mro__ if vars(builtins).get(base.__name__) is base)
-    built_in.__init__(made, *values)
-    made.args = args
-    BaseException.__setstate__(made, dict(state))
+    base.__init__(made, *values)  # type: ignore[misc]
+    # Past a `__setattr__` of the class's own, as a frozen dataclass has.
+    _ARGS.__set__(made, args)
+    for key, value in state.items():
+        try:
+            object.__setattr__(made, key, value)
+        except (AttributeError, TypeError):
+            vars(made)[key] = value
     try:
         str(made)
     except Exception:  # front ends ask for it without a thought
         if issubclass(kind, RankError):
             kind.__str__ = lambda _: text  # type: ignore[method-assign]
-    return made
+    return cast(_Error, made)
 
 
 def _remake(kind: type[Exception], *content: Any) -> RankError:

@@ -27,7 +27,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from nbddp import _palette, _plots, _process, _raised, _repair, _results, _settings, _uplink, _workers
@@ -35,6 +35,9 @@ from nbddp._names import MODULES_OWN
 from nbddp._paths import RunDir
 from nbddp._pickling import Pickler, Target, load, load_file
 from nbddp._results import Wanted
+
+# Characters of a message, or of a line of a traceback, that are sent.
+_LONGEST = 20_000
 
 
 class _State:
@@ -50,6 +53,8 @@ class _State:
     run_dir: RunDir | None = None
     arguments: dict[str, Any]
     target: Target
+    # Writes what the cell has raised; after the report, since it may take long.
+    write_exception: Callable[[], str | None] = staticmethod(lambda: None)
     shell_settings: Mapping[str, Any]
 
 
@@ -136,6 +141,9 @@ def _enter(*, init: bool, backend: str | None, gpus: bool, **_: Any) -> str:
     _complete("connected")
     if "PYTHONBREAKPOINT" not in os.environ:
         sys.breakpointhook = _no_debugger
+    import pdb
+
+    pdb.set_trace = _no_debugger
     _repair.name_process(f"nbddp-rank{os.environ['RANK']}")
     import torch.distributed as dist
 
@@ -144,9 +152,7 @@ def _enter(*, init: bool, backend: str | None, gpus: bool, **_: Any) -> str:
     dist.set_debug_level_from_env()
     device = _group.own_device(gpus, forked=forked)
     _group.let_user_take_over()
-    _group.refuse_strangers()
-    if _state.run_dir is not None:
-        _group.open_port_when_asked(_state.run_dir)
+    _group.look_at_peers_of_new_groups()
     if init:
         _group.init(backend, device, _state.run_dir)
     _complete("process group")
@@ -155,8 +161,8 @@ def _enter(*, init: bool, backend: str | None, gpus: bool, **_: Any) -> str:
 
 def _no_debugger(*_: Any, **__: Any) -> None:
     raise RuntimeError(
-        "breakpoint() in a rank: a debugger has nobody to ask there. Print in the cell, bring names back with --out or "
-        "--gather, or run the code with breakpoint() in the notebook itself"
+        "a debugger in a rank has nobody to ask. Print in the cell, bring names back with --out or --gather, or run "
+        "the code in the notebook itself"
     )
 
 
@@ -221,7 +227,9 @@ def _run_cell(
     rank = int(os.environ["RANK"])
     if outcome["outcome"] == "raised" and error is not None and _state.run_dir is not None:
         pickler = functools.partial(Pickler, namespace, _state.target.received)
-        outcome["pickled"] = _raised.write(error, outcome["message"], pickler, rank, _state.run_dir)
+        _state.write_exception = functools.partial(
+            _raised.write, error, outcome["message"], pickler, rank, _state.run_dir
+        )
     if outcome["outcome"] == "done":
         names = Wanted(out, gather).of_rank(rank)
         if names and _state.run_dir is not None:
@@ -252,8 +260,8 @@ def _outcome(error: BaseException | None, lines: tuple[str, ...]) -> dict[str, A
     return {
         "outcome": "raised",
         "exception": type(error).__name__,
-        "message": _message(error),
-        "lines": lines,
+        "message": _cut(_message(error)),
+        "lines": [_cut(line) for line in lines],
         "missing": error.name if isinstance(error, NameError) else None,
     }
 
@@ -268,6 +276,12 @@ def _formatted(error: BaseException) -> list[str]:
     return "".join(rendered.format()).rstrip("\n").split("\n")
 
 
+def _cut(text: str) -> str:
+    """Return a text without its middle if it is too long to be read; the exception itself has all of it."""
+    half = _LONGEST // 2
+    return text if len(text) <= _LONGEST else f"{text[:half]} … {text[-half:]}"
+
+
 def _message(error: BaseException) -> str:
     try:
         return str(error)
@@ -279,10 +293,12 @@ def _leave(outcome: dict[str, Any]) -> None:
     """Do what a script does at its end, report, leave the process group and return to torchrun."""
     failed = outcome["outcome"] != "done"
     notebook = _state.notebook
+    pickled = None
     with contextlib.suppress(OSError):  # the kernel is gone; so will this process be
         if notebook is not None and failed:
             # At once: a thread that never ends must not keep a failure from being seen.
             notebook.report(times=_state.times, **outcome)
+            pickled = _state.write_exception()
         elif failed:
             text = "\n".join(outcome.get("lines", ()))
             print(text if sys.stderr.isatty() else _palette.uncoloured(text), file=sys.stderr)  # noqa: T201
@@ -291,7 +307,7 @@ def _leave(outcome: dict[str, Any]) -> None:
         if notebook is not None and not failed:
             notebook.report(times=_state.times, **outcome)
         if notebook is not None:
-            notebook.end()
+            notebook.end(pickled)
     if not failed:
         with contextlib.suppress(Exception):
             from nbddp import _group

@@ -21,12 +21,16 @@ from typing import Any
 from nbddp import _process, _wire
 from nbddp._loop import Loop
 from nbddp._relay import Relay
+from nbddp._stop import TELL_SECONDS
 
 # More at once costs time even if there is less: the buffer is made for it.
 _READ = 1 << 16
 
 # What a collective raises, over gloo and NCCL, when another rank is gone: a consequence, never the cause.
 PEER_GONE = re.compile(r"Connection closed by peer|Connection reset by peer|Broken pipe|ncclRemoteError")
+
+# The types of such exceptions; a dataset whose download breaks off says the same with another.
+_OF_TORCH = ("RuntimeError", "DistBackendError", "DistNetworkError", "DistError", "DistStoreError")
 
 # Ranks that print line by line would wake this process for each line. So after a read that found little, their output
 # is left alone for some milliseconds; their pipes hold far more than they print in that time.
@@ -44,6 +48,7 @@ class RankState:
         in_cell: Whether it has begun to run the cell.
         failing: That it has raised: what, and when. Comes before the report, which has the traceback.
         outcome: Its report, once there is one; see `nbddp._rank._outcome`.
+        pickled: The file with the exception that it raised, if there is one.
         ended: Whether it has said that nothing more comes, or is gone.
         ended_at: When that was.
         died: When it was seen to be gone without having said so.
@@ -63,6 +68,7 @@ class RankState:
     in_cell: bool = False
     failing: dict[str, Any] | None = None
     outcome: dict[str, Any] | None = None
+    pickled: str | None = None
     ended: bool = False
     ended_at: float = 0.0
     died: float | None = None
@@ -74,10 +80,10 @@ class RankState:
     asked: bool = False
 
     @property
-    def is_telling(self) -> bool:
-        """Whether it has failed by itself and is about to say how."""
-        waiting = self.failing is not None and self.outcome is None and not self.ended
-        return waiting and not PEER_GONE.search(self.message)
+    def is_consequence(self) -> bool:
+        """Whether it only noticed that another rank was gone."""
+        kind = str((self.outcome or self.failing or {}).get("exception", ""))
+        return kind in _OF_TORCH and PEER_GONE.search(self.message) is not None
 
     @property
     def message(self) -> str:
@@ -144,11 +150,26 @@ class Ranks:
     def failed(self) -> list[RankState]:
         """The ranks that failed: the first to fail first, those last that only noticed that another was gone."""
         failed = [
-            (PEER_GONE.search(state.message) is not None, at, state.rank)
+            (state.is_consequence, at, state.rank)
             for state in self.states.values()
             if (at := state.failed_at) is not None
         ]
         return [self.states[rank] for _, _, rank in sorted(failed)]
+
+    @property
+    def telling(self) -> list[RankState]:
+        """The ranks that have failed and are about to say how: those only that there is any need to hear of."""
+        needed = bool(self.failed) and self.failed[0].is_consequence
+        now = time.monotonic()
+        return [
+            state
+            for state in self.states.values()
+            if state.failing
+            and state.outcome is None
+            and not state.ended
+            and (needed or not state.is_consequence)
+            and now < state.failing["time"] + TELL_SECONDS
+        ]
 
     def close(self) -> None:
         """Close the connections."""
@@ -262,6 +283,7 @@ class Ranks:
                     for stage, at in message["times"].items():
                         self.times[stage] = max(at, self.times.get(stage, at))
                 case "end":
+                    state.pickled = message["pickled"]
                     # It flushed before it said so: all that is its own is in the pipe. Its children may go on.
                     self._drain(state)
                     state.ended, state.ended_at = True, time.monotonic()
@@ -362,7 +384,7 @@ def in_short(state: RankState) -> str:
 
 def in_short_of_other(state: RankState, first: RankState) -> str:
     """Return in a few words how a rank ended that was not the first to fail."""
-    if (state.outcome is None and state.failing is None) or PEER_GONE.search(state.message):
+    if (state.outcome is None and state.failing is None) or state.is_consequence:
         # By nbddp, by torchrun, or by the loss of the one that failed.
         return "stopped"
     text = in_short(state)

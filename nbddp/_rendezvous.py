@@ -6,13 +6,14 @@ its own imports are light and torch's are made when a handler is asked for.
 The ways that torchrun ships have two faults for a notebook. A port that was chosen, closed and handed on as a number
 may be somebody else's when it is opened again. And ``--standalone`` listens on every interface with a store in which
 the agents' state is pickled: who can reach the port can run code. This one holds a port of the loopback interface
-itself. In a run of nbddp nobody listens there: its process group meets in a file of the run directory, which no other
-user can open. Only when a cell asks for ``env://`` is a store served on that port.
+itself. In a run of nbddp no store is behind it at first: its process group meets in a file of the run directory, which
+no other user can open. One is served as soon as somebody connects: a cell that asks for ``env://``, or its programs.
 """
 
 from __future__ import annotations
 
 import os
+import select
 import socket
 from collections.abc import Callable
 from datetime import timedelta
@@ -33,10 +34,8 @@ def get_handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
 
 
 def hold_port() -> socket.socket:
-    """Return a socket bound to a free port of the loopback interface. Until it listens, connections are refused."""
-    holder = socket.socket()
-    holder.bind((LOOPBACK, 0))
-    return holder
+    """Return a socket that listens on a free port of the loopback interface; who connects waits until he is served."""
+    return socket.create_server((LOOPBACK, 0), backlog=socket.SOMAXCONN)
 
 
 def serve_store(holder: socket.socket, timeout: timedelta = _TIMEOUT) -> Any:
@@ -44,7 +43,6 @@ def serve_store(holder: socket.socket, timeout: timedelta = _TIMEOUT) -> Any:
     from torch.distributed import TCPStore
 
     port = holder.getsockname()[1]
-    holder.listen(socket.SOMAXCONN)
     # The store owns the descriptor from here on.
     fd = holder.detach()
 
@@ -69,9 +67,8 @@ def _create_handler(params: RendezvousParameters) -> RendezvousHandler:
     )
 
     from nbddp import _settings
-    from nbddp._paths import RunDir
 
-    run_dir = os.environ.get(_settings.RUN_DIR)
+    in_run = _settings.RUN_DIR in os.environ
 
     class LoopbackRendezvous(RendezvousHandler):
         """One agent on one machine: there is nobody to wait for."""
@@ -79,7 +76,6 @@ def _create_handler(params: RendezvousParameters) -> RendezvousHandler:
         def __init__(self) -> None:
             self._store: Any = None
             self._holder: socket.socket | None = None
-            self._port = 0
 
         def get_backend(self) -> str:
             return BACKEND
@@ -91,11 +87,11 @@ def _create_handler(params: RendezvousParameters) -> RendezvousHandler:
         def next_rendezvous(self) -> RendezvousInfo:
             # Asked again before a restart: a new port, since the keys of the last attempt would mislead the ranks.
             self._holder = hold_port()
-            self._port = self._holder.getsockname()[1]
-            if run_dir is None:
+            port = self._holder.getsockname()[1]
+            if not in_run:
                 self._serve()
             # What the agent has to say to itself.
-            return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo(LOOPBACK, self._port))
+            return RendezvousInfo(HashStore(), 0, 1, RendezvousStoreInfo(LOOPBACK, port))
 
         def _serve(self) -> None:
             if self._holder is not None:
@@ -109,11 +105,8 @@ def _create_handler(params: RendezvousParameters) -> RendezvousHandler:
 
         def num_nodes_waiting(self) -> int:
             # torchrun asks this whenever it looks at its ranks.
-            if run_dir is not None and self._holder is not None:
-                asked, served = RunDir.from_environment(run_dir).store_marks(self._port)
-                if os.path.exists(asked):
-                    self._serve()
-                    os.rename(asked, served)
+            if self._holder is not None and select.select([self._holder], [], [], 0)[0]:
+                self._serve()
             return 0
 
         def get_run_id(self) -> str:

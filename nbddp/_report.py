@@ -10,8 +10,9 @@ from typing import Any
 from nbddp import _advice, _doctor, _limits, _palette, _raised, _where
 from nbddp._errors import LaunchError, RankError, RunLostError, RunTimeout
 from nbddp._paths import RunDir
-from nbddp._ranks import PEER_GONE, RankState, how_it_died, in_short, in_short_of_other, rank_list
+from nbddp._ranks import RankState, how_it_died, in_short, in_short_of_other, rank_list
 from nbddp._run import Ending
+from nbddp._stop import InterruptGate
 from nbddp._where import Sources
 
 # How much of torchrun's log is shown when it could not start the ranks.
@@ -32,8 +33,8 @@ class Circumstances:
         said: The end of what each rank has printed.
         known: Names that the notebook has and the ranks were not given.
         sent: The objects that went to the ranks.
+        gate: Tells of interrupts.
         launcher: What the launcher said last, if it ended before the run did.
-        said: The end of what each rank has printed.
     """
 
     run_dir: RunDir
@@ -41,6 +42,7 @@ class Circumstances:
     ranks: int
     env: Mapping[str, str]
     timeout: float | None
+    gate: InterruptGate
     oom_kills: int
     said: Mapping[int, str]
     known: Iterable[str] = ()
@@ -58,7 +60,7 @@ def error_of(ending: Ending, run: Circumstances) -> BaseException:
             if ending.killed and ending.ranks:
                 lines.append("nbddp: not every rank ended by itself; those that did not were killed")
             return interrupted(lines)
-        return RunTimeout(f"the run was stopped after --timeout {run.timeout:g} seconds", notes=tuple(lines))
+        return RunTimeout(f"the run was stopped after --timeout {run.timeout:g} seconds", where=tuple(lines))
     if ending.refusal is not None:
         return LaunchError(f"no rank could be started: {ending.refusal}")
     if run.launcher is not None:
@@ -107,7 +109,6 @@ class _Story:
 
 
 def _rank_error(ending: Ending, first: RankState, run: Circumstances) -> RankError:
-    outcome = first.outcome or {}
     story = _story(ending, first, run)
     others = {rank: in_short_of_other(state, first) for rank, state in ending.ranks.items() if state is not first}
     folded = "; ".join(_where.grouped(others))
@@ -125,8 +126,10 @@ def _rank_error(ending: Ending, first: RankState, run: Circumstances) -> RankErr
         details=story.details,
         notes=tuple(filter(None, [folded, *story.notes])),
     )
-    if outcome.get("pickled"):
-        return _raised.as_itself(error, outcome["pickled"], story.headline, run.sent)
+    if first.pickled is not None:
+        # What unpickling calls is the user's code: an interrupt ends it.
+        with contextlib.suppress(KeyboardInterrupt), run.gate.open():
+            return _raised.as_itself(error, first.pickled, story.headline, run.sent)
     return error
 
 
@@ -142,10 +145,14 @@ def _story(ending: Ending, first: RankState, run: Circumstances) -> _Story:
             details = (f"[rank {first.rank}]", *outcome["lines"])
             return _Story(f"{name} was interrupted, but not by this notebook", details=details)
     if first.failing is not None:
-        return _Story(f"{name} raised {in_short(first)}", notes=["It was ended before it could send its traceback"])
+        return _Story(
+            f"{name} raised {in_short(first)}",
+            notes=["nbddp ended it before it could send its traceback; %ddp log has what it printed"],
+        )
     story = _Story(f"{name} {how_it_died(first.exitcode)}", exitcode=first.exitcode)
     story.notes += _where.last_words(first, run.run_dir, run.sources)
-    if (explained := _limits.explanation_of_death(run.ranks, run.said.get(first.rank, ""))) is not None:
+    said = run.said.get(first.rank, "")
+    if explained := _limits.explanation_of_death(run.ranks, said) or _advice.on_exception("", said):
         story.notes.append(explained)
     if first.exitcode == -9 and run.oom_kills:
         story.notes.append(
@@ -167,9 +174,9 @@ def _story_of_exception(name: str, ending: Ending, first: RankState, run: Circum
             f"The notebook has a variable {outcome['missing']!r}, but the cell does not name it in a way that nbddp "
             "can see; mention it in the cell"
         )
-    explained = _limits.explanation_of_error(outcome["message"])
+    explained = _limits.explanation_of_error(outcome["message"], "\n".join(outcome["lines"]))
     finished = [r for r, s in sorted(ending.ranks.items()) if (s.outcome or {}).get("outcome") == "done"]
-    if finished and PEER_GONE.search(outcome["message"]):
+    if finished and first.is_consequence:
         story.notes.append(_advice.on_early_end(rank_list(finished)))
     elif explained is not None:
         story.notes.append(explained)

@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from nbddp._paths import RunDir
 from nbddp._ranks import Ranks, RankState, in_short, rank_list
 from nbddp._relay import Relay
 from nbddp._screen import Screen
-from nbddp._stop import TELL_SECONDS, InterruptGate, Ladder, Step
+from nbddp._stop import SETTLE_SECONDS, InterruptGate, Ladder, Step
 from nbddp._uplink import STACK_SIGNAL
 
 # Seconds that torchrun has to say how a rank died, and, after the failed ranks are gone, to start them all again,
@@ -125,6 +126,8 @@ class Run:
         self._killed = False
         self._agent: int | None = None
         self._kill_sent = False
+        self._closing = threading.Lock()
+        self._closed = False
         self._launcher_ended = False
         self._launcher_died = False
         self._agent_status: int | None = None
@@ -165,7 +168,9 @@ class Run:
         finally:
             self.panel.finish("lost")  # if it left by an exception
             self._loop.close()
-            self._ranks.close()
+            with self._closing:
+                self._closed = True
+                self._ranks.close()
 
     @property
     def launcher_died(self) -> bool:
@@ -241,22 +246,27 @@ class Run:
         if self._ladder is None and (failed := self._ranks.failed):
             attempt = self._ranks.attempt
             if attempt < self._launch.max_restarts and self._announced < attempt:
-                if failed[0].is_telling:
-                    return
-                self._announced = attempt
-                self._relay.say(
-                    f"nbddp: rank {failed[0].rank} failed ({in_short(failed[0])}); "
-                    f"restart {attempt + 1} of {self._launch.max_restarts}"
-                )
+                self._announce_restart(failed[0], attempt)
             elif not self._may_restart():
                 self._stop("failed", Ladder.of_failure())
-        telling = [state for state in self._ranks.states.values() if state.is_telling]
+        telling = self._ranks.telling
         if self._ladder is not None and self._cause == "failed" and self._ladder.due <= time.monotonic() and telling:
-            first = min(state.failed_at or 0.0 for state in telling)
-            if time.monotonic() < first + TELL_SECONDS:
-                self._ladder.put_off(_PUT_OFF_SECONDS)
+            self._ladder.put_off(_PUT_OFF_SECONDS)
         while self._ladder is not None and (step := self._ladder.take()) is not None:
             self._take(step)
+
+    def _announce_restart(self, first: RankState, attempt: int) -> None:
+        """Say who has failed, and how, once that is sure: after a restart nobody can."""
+        settled = time.monotonic() > (first.failed_at or 0.0) + SETTLE_SECONDS
+        if first in self._ranks.telling or (first.is_consequence and not settled):
+            return
+        self._announced = attempt
+        lines = [
+            f"nbddp: rank {first.rank} failed ({in_short(first)}); restart {attempt + 1} of {self._launch.max_restarts}"
+        ]
+        if first.outcome is not None:
+            lines += first.outcome.get("lines", ())
+        self._relay.say("\n".join(lines))
 
     def _say_who_has_not_begun(self) -> None:
         missing = [
@@ -327,8 +337,11 @@ class Run:
     def take_stack(self, state: RankState) -> None:
         """Have a rank write the Python stack of its main thread to its file in the run directory."""
         path = RunDir.from_environment(self._launch.run_dir).stacks(state.rank)
-        state.stack_at = os.stat(path).st_size if os.path.exists(path) else 0
-        _process.signal_main_thread(state.pid, state.pidfd, STACK_SIGNAL)
+        with self._closing:
+            if self._closed or self._ranks.states.get(state.rank) is not state:
+                return  # asked from another thread: its descriptor is closed, or another file's
+            state.stack_at = os.stat(path).st_size if os.path.exists(path) else 0
+            _process.signal_main_thread(state.pid, state.pidfd, STACK_SIGNAL)
 
     def _interrupt_rank(self, state: RankState) -> None:
         state.interrupted = True
@@ -337,7 +350,7 @@ class Run:
 
     def _end_rank(self, state: RankState, signum: int) -> None:
         """End a rank, unless it has said how it ended or, having failed by itself, is about to."""
-        if state.outcome is None and not state.is_telling:
+        if state.outcome is None and state not in self._ranks.telling:
             state.stopped = True
             _process.send_signal(state.pid, state.pidfd, signum)
 

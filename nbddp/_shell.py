@@ -21,7 +21,7 @@ import tempfile
 import tokenize
 import traceback
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType, TracebackType
 from typing import Any
 
@@ -263,9 +263,32 @@ class RankShell(InteractiveShell):
         self._name_cells({**cells, filename: number})
         # What IPython advises on SystemExit is for a person at a prompt.
         warnings.filterwarnings("ignore", message="To exit: use", category=UserWarning)
-        result = self.run_cell(source, store_history=False)
+        with _no_interrupt_lost():
+            result = self.run_cell(source, store_history=False)
         error: BaseException | None = result.error_before_exec or result.error_in_exec
         return error
+
+
+@contextlib.contextmanager
+def _no_interrupt_lost() -> Iterator[None]:
+    """Raise a KeyboardInterrupt again where Python drops it.
+
+    It does in code that it calls itself, such as ``__del__`` and what runs around a fork; and an interrupt that arrives
+    during the fork of a DataLoader worker comes to light just there.
+    """
+    pid, before = os.getpid(), sys.unraisablehook
+
+    def hook(dropped: Any) -> None:
+        if dropped.exc_type is KeyboardInterrupt and os.getpid() == pid:
+            signal.raise_signal(signal.SIGINT)
+        else:
+            before(dropped)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
 
 
 def _fold(error: BaseException) -> int:

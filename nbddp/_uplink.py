@@ -159,8 +159,8 @@ class Uplink:
         """Tell how the cell ended."""
         self._send("report", time=time.monotonic(), **outcome)
 
-    def end(self) -> None:
-        """Tell that nothing more is to come; what is printed after this is not shown."""
+    def end(self, pickled: str | None) -> None:
+        """Tell that nothing more is to come, and where the exception is; what is printed after this is not shown."""
         with self._lock, _whole():
             flush()
             # A notebook with many ranks to hear reads the pipe later than this; a library's last words are not to be
@@ -169,7 +169,7 @@ class Uplink:
             for fd in (1, 2):
                 os.dup2(null, fd)
             os.close(null)
-            _wire.send(self._sock, "end")
+            _wire.send(self._sock, "end", pickled=pickled)
 
 
 # The file name of the cell's code.

@@ -92,13 +92,69 @@ def test_exceptions_that_ipython_shows_its_own_way_are_still_explained(kernel: K
         assert kind in reply.message
 
 
-def test_a_class_that_must_not_be_subclassed_is_a_plain_rank_error() -> None:
-    class Final(Exception):  # noqa: N818
-        def __init_subclass__(cls) -> None:
-            raise TypeError("final")
+def test_classes_that_are_made_in_ways_of_their_own(kernel: Kernel) -> None:
+    kernel.ok(
+        "import dataclasses\nknown = {}\n"
+        "class Base(Exception):\n    def __init_subclass__(cls):\n        known[cls.__name__] = cls\n"
+        "class Child(Base): pass\n"
+        "@dataclasses.dataclass(frozen=True)\nclass Frozen(Exception):\n    code: int\n"
+        "class NotFound(KeyError, AttributeError): pass\n"
+        "class Made(Exception):\n    def __new__(cls, a, *, b): return super().__new__(cls, a)\n"
+        "    def __init__(self, a, *, b): self.b = b\n"
+        "class Final(Exception):\n    def __init_subclass__(cls): raise TypeError('final')\n"
+        "class Odd(Exception):\n    @property\n    def args(self): raise RuntimeError('no args')\n"
+        "class Stubborn(Exception):\n    def __setattr__(self, *_): raise RuntimeError('frozen')"
+    )
+    assert raised(kernel, "raise Child('c')", "isinstance(e, Child), known['Child'] is Child, str(e)") == (
+        True,
+        True,
+        "c",
+    )
+    assert raised(kernel, "raise Frozen(7)", "isinstance(e, Frozen), e.code") == (True, 7)
+    assert raised(kernel, "raise NotFound('k')", "isinstance(e, NotFound), isinstance(e, KeyError)") == (True, True)
+    assert raised(kernel, "raise Made(1, b=2)", "isinstance(e, Made), e.b, e.rank") == (True, 2, 0)
+    assert raised(kernel, "raise Final('f')", "isinstance(e, Final), str(e)") == (True, "f")
+    assert raised(kernel, "raise MemoryError", "isinstance(e, MemoryError), e.rank") == (True, 0)
+    assert raised(kernel, "raise Odd(1)", "type(e).__name__") == "Odd"
+    assert raised(kernel, "raise Stubborn('s')", "isinstance(e, Stubborn), str(e), e.rank") == (True, "s", 0)
 
-    with pytest.raises(TypeError):
-        _raised.class_of(Final)
+
+def test_what_looks_like_the_loss_of_a_rank_and_is_not(kernel: Kernel) -> None:
+    cell = (
+        "import time\nif rank == 0:\n    raise ConnectionResetError(104, 'Connection reset by peer')\n"
+        "time.sleep(0.05)\nraise RuntimeError('no data from rank 0')"
+    )
+    assert raised(kernel, cell, "isinstance(e, ConnectionResetError), e.rank, e.errno", ranks=2) == (True, 0, 104)
+    assert raised(kernel, "raise BrokenPipeError(32, 'Broken pipe')", "sorted(e.tracebacks)", ranks=4) == [0, 1, 2, 3]
+
+
+def test_an_os_error_of_a_rank_is_not_taken_for_one_of_the_notebooks(kernel: Kernel) -> None:
+    cell = "raise OSError(24, 'Too many open files', '/x/y')"
+    assert raised(kernel, cell, "isinstance(e, OSError), e.rank, e.filename") == (True, 0, "/x/y")
+
+
+def test_an_exception_that_takes_long_to_send_or_to_load(kernel: Kernel) -> None:
+    kernel.ok(
+        "import os, time\nhere = os.getpid()\nclass Slow:\n    def __init__(self, where): self.where = where\n"
+        "    def __reduce__(self):\n        time.sleep(30 if self.where == 'there' else 0)\n        return wake, ()\n"
+        "def wake():\n    if os.getpid() == here: time.sleep(30)\n    return 1"
+    )
+    reply = kernel.run("%%ddp --cpus 2\ne = ValueError('slow')\ne.part = Slow('there')\nraise e")
+    assert "ValueError: slow" in reply.traceback
+    assert reply.failure == f"rank {reply.message.split()[1]} of 2 raised ValueError: slow"
+    assert reply.seconds < 15
+    reply = kernel.run_and_after(
+        "%%ddp --cpus 2\ne = ValueError('slow')\ne.part = Slow('here')\nraise e", 3, kernel.interrupt
+    )
+    assert "ValueError: slow" in reply.traceback
+    assert reply.seconds < 10
+
+
+def test_a_message_of_many_megabytes_is_cut(kernel: Kernel) -> None:
+    reply = kernel.run("%%ddp --cpus 1\nraise ValueError('x' * 50_000_000)")
+    assert reply.error == "ValueError"
+    assert sum(map(len, reply.traceback.splitlines())) < 200_000
+    assert reply.seconds < 10
 
 
 def test_every_ranks_traceback_can_be_had(kernel: Kernel) -> None:
@@ -151,8 +207,9 @@ def test_debug_says_that_the_rank_is_gone(kernel: Kernel) -> None:
 
 
 def test_a_breakpoint_in_a_rank(kernel: Kernel) -> None:
-    reply = kernel.run("%%ddp --cpus 1\nbreakpoint()")
-    assert reply.message.startswith("breakpoint() in a rank: a debugger has nobody to ask there. Print in the cell")
+    for statement in ("breakpoint()", "import pdb; pdb.set_trace()"):
+        reply = kernel.run(f"%%ddp --cpus 1\n{statement}\nprint('after')")
+        assert reply.message.startswith("a debugger in a rank has nobody to ask. Print in the cell")
 
 
 # What to do about it.
@@ -179,6 +236,18 @@ def test_advice_on_different_numbers_of_batches(kernel: Kernel) -> None:
         in reply.traceback
     )
     assert "drop_last=True" in reply.traceback
+
+
+def test_the_rank_that_waits_for_one_that_has_finished_says_so_every_time(kernel: Kernel) -> None:
+    kernel.ok("import torch, torch.distributed as dist\nfrom torch.nn.parallel import DistributedDataParallel as DDP")
+    for _ in range(3):
+        reply = kernel.run(
+            "%%ddp --cpus 2\nmodel = DDP(torch.nn.Linear(2, 2))\nfor _ in range(10 if rank == 0 else 7):\n"
+            "    model(torch.randn(4, 2)).sum().backward()"
+        )
+        assert reply.error == "RuntimeError"
+        assert "It waited for rank 1, which had finished: every rank must call the same" in reply.traceback
+        assert "----> 4     model(torch.randn(4, 2)).sum().backward()" in reply.traceback
 
 
 def test_advice_on_an_address_in_use(kernel: Kernel) -> None:
@@ -222,6 +291,7 @@ def test_advice_is_given_only_where_it_fits() -> None:
 
 def test_errors_of_ranks_can_be_pickled_here() -> None:
     kind = _raised.class_of(OSError)
+    assert kind is _raised.class_of(OSError)
     assert issubclass(kind, nbddp.RankError)
     assert issubclass(kind, OSError)
     error = nbddp.RankError("m", rank=1, tracebacks={1: "t"})

@@ -191,3 +191,32 @@ def test_a_display_that_is_under_way_is_not_torn(kernel: Kernel) -> None:
     )
     assert reply.error == "KeyboardInterrupt"
     assert "'last'" in reply.text + str(reply.displays[-1])
+
+
+def test_an_interrupt_that_arrives_during_a_fork_is_not_lost(kernel: Kernel) -> None:
+    # Python drops a KeyboardInterrupt that comes to light in a hook around the fork.
+    kernel.ok("import os, signal, torch\nx = 'old'")
+    reply = kernel.run_and(
+        "%%ddp --cpus 2 --out x\nimport time\nheld = []\nos.register_at_fork(before=lambda: time.sleep(0.05))\n"
+        "x = 0\nprint('up', flush=True)\ntry:\n    while True:\n        if (pid := os.fork()) == 0:\n            os._exit(0)\n"
+        "        os.waitpid(pid, 0)\nexcept KeyboardInterrupt:\n    x = 'caught'",
+        "[rank 1] up",
+        lambda: (time.sleep(0.5), kernel.interrupt()),
+    )
+    assert reply.status == "ok", reply.text + reply.traceback
+    assert kernel.get("x") == "caught"
+    assert "Exception ignored" not in reply.text
+
+
+def test_interrupted_training_that_is_caught_brings_its_model_back(kernel: Kernel) -> None:
+    kernel.ok("import torch\nfrom torch.utils.data import DataLoader")
+    for _ in range(3):
+        reply = kernel.run_and_after(
+            "%%ddp --cpus 2 --out steps\nsteps = 0\ntry:\n    while True:\n"
+            "        for batch in DataLoader(range(8), num_workers=2):\n            steps += 1\n"
+            "except KeyboardInterrupt:\n    pass",
+            2.5,
+            kernel.interrupt,
+        )
+        assert reply.status == "ok", reply.text + reply.traceback
+        assert kernel.get("steps") > 0
