@@ -18,6 +18,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 import tokenize
 import traceback
 import warnings
@@ -47,6 +49,10 @@ _FOLDED = tuple(os.path.join(os.path.dirname(m.__file__ or ""), "") for m in (to
 
 # Of a long traceback, how many frames are shown at its beginning, and at its end.
 _ENDS_SHOWN = 10
+
+
+# Seconds after which an interrupt is tried again that came to light where Python drops it.
+_AGAIN_SECONDS = 0.02
 
 
 def _print_plain(
@@ -276,11 +282,16 @@ def _no_interrupt_lost() -> Iterator[None]:
     It does in code that it calls itself, such as ``__del__`` and what runs around a fork; and an interrupt that arrives
     during the fork of a DataLoader worker comes to light just there.
     """
-    pid, before = os.getpid(), sys.unraisablehook
+    pid, main, before = os.getpid(), threading.get_ident(), sys.unraisablehook
+
+    def again() -> None:
+        time.sleep(_AGAIN_SECONDS)
+        signal.pthread_kill(main, signal.SIGINT)
 
     def hook(dropped: Any) -> None:
         if dropped.exc_type is KeyboardInterrupt and os.getpid() == pid:
-            signal.raise_signal(signal.SIGINT)
+            # Not at once: what is raised in here is dropped as well.
+            threading.Thread(target=again, daemon=True).start()
         else:
             before(dropped)
 

@@ -72,7 +72,7 @@ def run(kernel: Kernel, n: int) -> None:
     elif n % 10 == 9:
         # Where one fails, half a second passes in case others have more to say.
         reply = kernel.run(ONE_FAILS if n % 50 == 9 else FAIL)
-        assert re.fullmatch("rank [01] of 2 raised ValueError: no data", reply.message), reply.traceback
+        assert re.fullmatch("rank [01] of 2 raised ValueError: no data", reply.failure), reply.traceback
     elif n % 10 == 4:
         assert kernel.run(REFUSED).error == "CaptureError"
     elif n % 10 == 6:

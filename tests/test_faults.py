@@ -269,7 +269,7 @@ def test_a_restart_waits_for_exit_handlers(kernel: Kernel) -> None:
         "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n    atexit.register(time.sleep, 6)\n    raise OSError\n"
         "print('ok')"
     )
-    assert reply.lines[:2] == ["[rank 0] ok", "[rank 1] ok"]
+    assert {"[rank 0] ok", "[rank 1] ok"} <= set(reply.lines)
 
 
 def test_more_ranks_than_there_are_descriptors(kernel: Kernel) -> None:

@@ -198,7 +198,8 @@ def test_an_interrupt_that_arrives_during_a_fork_is_not_lost(kernel: Kernel) -> 
     kernel.ok("import os, signal, torch\nx = 'old'")
     reply = kernel.run_and(
         "%%ddp --cpus 2 --out x\nimport time\nheld = []\nos.register_at_fork(before=lambda: time.sleep(0.05))\n"
-        "x = 0\nprint('up', flush=True)\ntry:\n    while True:\n        if (pid := os.fork()) == 0:\n            os._exit(0)\n"
+        "x = 0\nprint('up', flush=True)\ntry:\n    while True:\n        if (pid := os.fork()) == 0:\n"
+        "            os._exit(0)\n"
         "        os.waitpid(pid, 0)\nexcept KeyboardInterrupt:\n    x = 'caught'",
         "[rank 1] up",
         lambda: (time.sleep(0.5), kernel.interrupt()),

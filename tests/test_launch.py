@@ -117,7 +117,7 @@ def test_without_fork_it_is_slower_and_otherwise_the_same(new_kernel: Callable[.
         "%%ddp --cpus 2 --max-restarts 1\nimport os\n"
         "if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0':\n    raise OSError\nprint('ok')"
     )
-    assert reply.lines[:2] == ["[rank 0] ok", "[rank 1] ok"]
+    assert {"[rank 0] ok", "[rank 1] ok"} <= set(reply.lines)
 
 
 def test_a_start_method_that_cannot_be(kernel: Kernel) -> None:
