@@ -23,6 +23,10 @@ _PREFIX = "nbddp"
 
 _ours: Any = None
 
+# Kept for as long as the process lives: a FileStore that goes writes to its file once more, and if the run's directory
+# has just been deleted it waits for that as long as its timeout says.
+_store: Any = None
+
 
 class CannotForkError(Exception):
     """CUDA cannot be initialised in this rank because it was forked; a new process could."""
@@ -56,7 +60,7 @@ def init(backend: str | None, device: torch.device, run_dir: RunDir | None) -> N
         device: The rank's own.
         run_dir: The run's files, in which the ranks meet; None to meet as torchrun's environment says.
     """
-    global _ours
+    global _ours, _store
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if run_dir is not None:
@@ -64,6 +68,7 @@ def init(backend: str | None, device: torch.device, run_dir: RunDir | None) -> N
         store.set_timeout(distributed_c10d.default_pg_timeout)
     else:
         store, rank, world_size = next(dist.rendezvous("env://"))
+    _store = store
     # Bound to its device, NCCL neither guesses one at the first barrier nor warns that it did.
     bound = {"device_id": device} if device.type == "cuda" and "nccl" in backend else {}
     distributed_c10d._nbddp_original(  # type: ignore[attr-defined]  # see let_user_take_over

@@ -108,9 +108,8 @@ def test_few_open_files(new_kernel: Callable[..., Kernel]) -> None:
     enough = int(found[1])
     assert kernel.run(f"%%ddp --cpus {enough + 2}\n1").error == "LaunchError"
     kernel.ok(f"%%ddp --cpus {enough - 2}\n1", timeout=120)
-    kernel.ok(
-        "import os\nfew = len(os.listdir('/proc/self/fd')) + 28\nresource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))"
-    )
+    kernel.ok("import os\nfew = len(os.listdir('/proc/self/fd')) + 28")
+    kernel.ok("resource.setrlimit(resource.RLIMIT_NOFILE, (few, hard))")
     assert re.match(r"bad open files \d+ at once", finding(doctor(kernel), "open files"))
 
 

@@ -27,7 +27,8 @@ import gc, os, re, signal, sys, threading, atexit
 def descriptors():
     links = [os.readlink(e.path) for e in os.scandir("/proc/self/fd") if os.path.islink(e.path)]
     # IPython's history comes and goes.
-    return sorted(re.sub(r"\d+", "", link) for link in links if "sqlite" not in link)
+    kept = [link for link in links if "sqlite" not in link and "profile_" not in link]
+    return sorted(re.sub(r"\d+", "", link) for link in kept)
 def shell_state():
     ip = get_ipython()
     return {
