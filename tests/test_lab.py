@@ -70,7 +70,7 @@ def test_stop(lab: Lab, press: str) -> None:
     run = notebook.wait(1, timeout=SOON)
     assert run.status == "error"
     assert notebook.error(1) == "KeyboardInterrupt"
-    assert "rank 1: on line 4 of the cell" in notebook.text(1)
+    assert "ranks 0-1: on line 4 of the cell: time.sleep(600)" in notebook.text(1)
     assert_gone(pids, 1)
     notebook.ok(2)
     assert lines(notebook, 2) == ["[rank 0] fine", "[rank 1] fine"]
