@@ -279,4 +279,4 @@ def test_a_restart_begins_anew(kernel: Kernel) -> None:
 
 def test_input_is_at_its_end(kernel: Kernel) -> None:
     reply = kernel.run("%%ddp --cpus 1\ninput()")
-    assert "EOFError" in reply.message
+    assert reply.error == "EOFError"
