@@ -235,8 +235,6 @@ def leave_processes(free):
 def give_back_processes():
     resource.setrlimit(resource.RLIMIT_NPROC, processes_before)
 import time
-
-pytestmark = pytest.mark.slow
 processes_before = resource.getrlimit(resource.RLIMIT_NPROC)
 """
 
