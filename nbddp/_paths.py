@@ -195,7 +195,7 @@ class Session:
             self._locks = [_lock(self.root)]
         except OSError as error:
             if root := getattr(self, "root", None):
-                shutil.rmtree(root, ignore_errors=True)
+                _remove_half_made(root)
             raise cannot_write("make a session directory", _temp_dir(), error) from error
         self.name = os.path.basename(self.root)
         with contextlib.suppress(OSError):  # there is none; or somebody was faster, and it stays unused
@@ -255,6 +255,14 @@ class Session:
         remove_session(self.root)
         while self._locks:
             os.close(self._locks.pop())
+
+
+def _remove_half_made(root: str) -> None:
+    """Delete the directory of a session that was never locked; without opening it, for which there may be no way."""
+    with contextlib.suppress(OSError):
+        os.unlink(os.path.join(root, f"{_LOCK}.new"))
+    with contextlib.suppress(OSError):
+        os.rmdir(root)
 
 
 def _lock(directory: str) -> int:
