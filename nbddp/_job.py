@@ -271,6 +271,7 @@ class _Attempt:
         launch = self._what_to_launch(devices, run_dir, secret)
         session = self.client.session
         _limits.check_files(devices.ranks)
+        _limits.check_processes(devices.ranks)
         with contextlib.ExitStack() as stack:
             try:
                 server = stack.enter_context(_wire.listen(run_dir.socket))

@@ -8,6 +8,7 @@ import os
 import re
 import resource
 import sys
+import time
 
 from nbddp import _process
 from nbddp._errors import LaunchError
@@ -21,8 +22,12 @@ _KERNEL_FILES = (4, 24)
 # A rank inherits the former, and then has connections to all other ranks.
 _AGENT_FILES = (5, 30)
 
-# Of a rank before its cell begins: its own and gloo's.
-_THREADS = 6
+# Processes and threads of the agent, and of a rank before its cell begins: its own two, and gloo's.
+_AGENT_THREADS = 2
+_RANK_THREADS = 5
+
+# Seconds that the processes of the last run have to be gone, before those of the next are refused.
+_LAST_RUN_SECONDS = 1.0
 
 _MOST_LIKELY = "Most likely"
 
@@ -75,6 +80,45 @@ def ranks_that_can_be_followed() -> int | None:
         return None
     each, fixed = _KERNEL_FILES
     return max(0, (limit - _open_below(limit) - fixed) // each)
+
+
+def check_processes(ranks: int) -> None:
+    """Refuse a run for which too few processes and threads may be started.
+
+    Where gloo gets some of its threads and not all, a rank aborts or hangs.
+
+    Args:
+        ranks: How many ranks there are to be.
+
+    Raises:
+        LaunchError: There are too few.
+    """
+    needed = _AGENT_THREADS + _RANK_THREADS * ranks
+    deadline = time.monotonic() + _LAST_RUN_SECONDS
+    while (lack := _lack_of_processes(needed)) is not None:
+        if time.monotonic() >= deadline:
+            what, them, fewer = (
+                ("1 rank", "it", "") if ranks == 1 else (f"{ranks} ranks", "them", "ask for fewer ranks, ")
+            )
+            raise LaunchError(
+                f"{what}: running {them} takes {needed} more processes and threads, and {lack}. "
+                f"End some, {fewer}or raise the limit where the kernel is started"
+            )
+        time.sleep(0.05)
+
+
+def _lack_of_processes(needed: int) -> str | None:
+    """Return who has how many of how many processes and threads, if so many more are too many."""
+    limit = _limit(resource.RLIMIT_NPROC) if hasattr(resource, "RLIMIT_NPROC") else None
+    # Root is not held to it. And to count one's own takes milliseconds; mostly all that there are would fit.
+    if limit is not None and os.getuid() != 0 and (_process.all_threads() or limit) + needed > limit:
+        used = _process.threads_of_user()
+        if used + needed > limit:
+            return f"this user has {used} of the {limit} that it may have (ulimit -u)"
+    of_container = _process.process_limit()
+    if of_container is not None and of_container[0] + needed > of_container[1]:
+        return f"this container has {of_container[0]} of the {of_container[1]} that it may have (pids.max)"
+    return None
 
 
 def _open_below(limit: int) -> int:
@@ -153,7 +197,7 @@ def explanation_of_death(ranks: int, said: str) -> str | None:
     if (explained := explanation(_MOST_LIKELY, said)) is not None:
         return explained
     limit = _limit(resource.RLIMIT_NPROC) if hasattr(resource, "RLIMIT_NPROC") else None
-    if limit is not None and _process.threads_of_user() + ranks * _THREADS > limit:
+    if limit is not None and _process.threads_of_user() + ranks * _RANK_THREADS > limit:
         return no_more_processes(_MOST_LIKELY)
     return None
 

@@ -286,6 +286,13 @@ def oom_kills() -> int:
     return total
 
 
+def all_threads() -> int:
+    """Return how many processes and threads there are in all; 0 where that cannot be told."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/loadavg").read_text().split()[3].partition("/")[2])
+    return 0
+
+
 def _own_cgroup(controller: str = "") -> Path:
     """Return this process's cgroup directory, or a path that does not exist.
 

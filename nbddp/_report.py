@@ -65,15 +65,18 @@ def error_of(ending: Ending, run: Circumstances) -> BaseException:
         return LaunchError(f"no rank could be started: {ending.refusal}")
     if run.launcher is not None:
         return RunLostError("nbddp's launcher ended, and the run with it", notes=(run.launcher,))
-    if ending.cause == "no ranks" or ending.first is None:
+    first = ending.first if ending.cause != "no ranks" else None
+    # Some ranks may be there already when there is no room for the next.
+    if first is None or (first.outcome is None and not first.in_cell):
         words, what = _last_words(run.run_dir), "torchrun could not start the ranks"
         if (explained := _limits.explanation(what, "\n".join(words))) is not None:
             return LaunchError(explained)
-        return LaunchError(what, notes=(*words, *_hindrances(run)))
-    said_nothing = ending.first.outcome is None and ending.first.failing is None
+        if first is None:
+            return LaunchError(what, notes=(*words, *_hindrances(run)))
+    said_nothing = first.outcome is None and first.failing is None
     if ending.agent_status is not None and ending.agent_status < 0 and said_nothing:
         return RunLostError(f"torchrun's agent {how_it_died(ending.agent_status)}, and the ranks with it")
-    return _rank_error(ending, ending.first, run)
+    return _rank_error(ending, first, run)
 
 
 def _hindrances(run: Circumstances) -> list[str]:
