@@ -219,7 +219,7 @@ def _socketpair() -> tuple[socket.socket, socket.socket]:
 
 def _cannot_start(error: OSError) -> LaunchError:
     what = "cannot start the launcher"
-    return LaunchError(_limits.explanation(what, str(error)) or f"{what}: {error}")
+    return LaunchError(_limits.explanation(what, str(error), doing="Popen") or f"{what}: {error}")
 
 
 def _path_for_launcher() -> list[str]:

@@ -167,20 +167,24 @@ def no_more_processes(what: str) -> str:
 
 def explanation_of_error(said: str, traceback: str) -> str | None:
     """Return what a rank's exception most likely means, if its message tells of one of these limits."""
-    if _TRY_AGAIN_SAID.search(said) and _STARTS.search(traceback):
-        return no_more_processes(_MOST_LIKELY)
-    return explanation(_MOST_LIKELY, said)
+    return explanation(_MOST_LIKELY, said, doing=traceback)
 
 
-def explanation(what: str, said: str) -> str | None:
-    """Return the message for something that failed, if what was said about it tells of one of these limits."""
+def explanation(what: str, said: str, *, doing: str | None = None) -> str | None:
+    """Return the message for something that failed, if what was said about it tells of one of these limits.
+
+    Args:
+        what: What failed, such as "cannot start a run".
+        said: What was said about it.
+        doing: The calls that led to it; `said` itself if None.
+    """
     if (found := _SEMAPHORE_SAID.search(said)) is not None and not _FILES_SAID.search(said):
         reason = found[1].lower()
         step = "Make room there" if reason == os.strerror(errno.ENOSPC).lower() else "Have a tmpfs there to write to"
         return f"{what}: it needs semaphores, whose place is /dev/shm, and can make none there: {reason}. {step}"
     if _FILES_SAID.search(said):
         return no_more_files(what)
-    if _PROCESSES_SAID.search(said) or (_TRY_AGAIN_SAID.search(said) and _STARTS.search(said)):
+    if _PROCESSES_SAID.search(said) or (_TRY_AGAIN_SAID.search(said) and _STARTS.search(doing or said)):
         return no_more_processes(what)
     return None
 

@@ -265,12 +265,7 @@ def check_no_processes(reply: Reply, limit: int) -> None:
         f"the system starts no more processes and threads: this user may have {limit} (ulimit -u). "
         "End some, ask for fewer ranks, or raise the limit where the kernel is started"
     )
-    if reply.error == "LaunchError":
-        assert reply.message.endswith(said)
-        assert reply.traceback == f"LaunchError: {reply.message}"
-    else:
-        assert re.match("rank [01] of 2 (raised|was killed by signal 6)", reply.failure), reply.traceback
-        assert f"Most likely: {said}" in reply.traceback.splitlines(), reply.traceback + reply.text
+    assert f"Most likely: {said}" in reply.traceback.splitlines(), reply.traceback + reply.text
 
 
 def test_no_processes_left_for_the_launcher(users_kernel: Kernel) -> None:
@@ -291,22 +286,26 @@ def test_no_processes_left_for_the_agent_the_ranks_or_their_threads(users_kernel
     kernel = users_kernel
     kernel.ok("%load_ext nbddp")
     prepare(kernel)
-    # What the launcher imports at leisure would only make this slow.
-    kernel.ok("time.sleep(3)")
-    seen = set()
     before = kernel.get("state()")
-    for free in range(15):
+    for free in (0, 5, 11, 14, 15):
         limit = int(kernel.ok(f"print(leave_processes({free}))").text)
         reply = kernel.run(ALL_REDUCE)
         kernel.ok("give_back_processes()")
-        if reply.status == "error":
-            check_no_processes(reply, limit)
-            assert reply.seconds < 5
-            seen.add(re.sub(r"[:(].*|rank \d of 2 ", "", reply.failure).strip())
+        # The kernel itself may have a thread more or less than a moment ago.
+        if free < 12:
+            assert re.fullmatch(
+                r"2 ranks: running them takes 12 more processes and threads, and this user has \d+ of the "
+                rf"{limit} that it may have \(ulimit -u\)\. "
+                "End some, ask for fewer ranks, or raise the limit where the kernel is started",
+                reply.message,
+            )
+            assert reply.traceback == f"LaunchError: {reply.message}"
+            assert reply.seconds < 4
+        else:
+            # Not more than it needs is asked for.
+            assert reply.status == "ok", reply.traceback
         check_works(kernel)
         assert kernel.get("state()") == before
-    assert reply.status == "ok"
-    assert {"no rank could be started", "torchrun could not start the ranks", "raised RuntimeError"} <= seen
     shm = [path for path in Path("/dev/shm").iterdir() if path.stat().st_uid == USER]
     assert [path.name for path in shm] == [os.path.basename(session(kernel))]
     assert not any(path.name.startswith("run-") for path in shm[0].iterdir())
@@ -330,7 +329,7 @@ def test_no_processes_left_for_what_a_cell_starts(users_kernel: Kernel) -> None:
         "torch.ones(10**7).sum()"
     )
     assert "libgomp: Thread creation failed: Resource temporarily unavailable" in reply.text
-    assert re.fullmatch("rank [01] of 2 left the process with status 1 before the end of the cell", reply.message)
+    assert re.fullmatch("rank [01] of 2 left (the process with status 1 )?before the end of the cell", reply.message)
     assert "Most likely: the system starts no more processes and threads" in reply.traceback
     check_works(kernel)
 

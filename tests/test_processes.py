@@ -148,8 +148,6 @@ def test_a_kernel_ends(new_kernel: Callable[..., Kernel], how: str, ranks: int) 
 PARENT = """
 import json, sys, time
 from jupyter_client.manager import start_new_kernel
-
-pytestmark = pytest.mark.slow
 manager, client = start_new_kernel(kernel_name="python3")
 client.execute_interactive("%load_ext nbddp\\n" + {setup!r}, timeout=30)
 seen = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import cmath
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,7 @@ def same(a: Any, b: Any, seen: dict[int, int]) -> bool:
         case torch.Tensor():
             return a.dtype == b.dtype and a.shape == b.shape and a.stride() == b.stride() and torch.equal(a, b)
         case float() | complex():
-            return a == b or (math.isnan(abs(a)) and repr(a) == repr(b))
+            return a == b or (cmath.isnan(a) and repr(a) == repr(b))
     return bool(a == b)
 
 
