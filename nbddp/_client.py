@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ from nbddp import _limits, _process, _settings, _wire
 from nbddp._errors import LaunchError
 from nbddp._launcher import GOODBYE, THE_END
 from nbddp._paths import Session, sweep
+from nbddp._stop import InterruptGate
 
 # A launcher that was told to go needs a few milliseconds; one that is importing has nothing to see to, and is killed.
 _GOODBYE_SECONDS = 1.0
@@ -141,6 +143,53 @@ class Client:
                         if attempt == 2:
                             raise self.launcher_died() from error
         raise AssertionError("unreachable")
+
+    def start_method(self, env: Mapping[str, str]) -> str:
+        """Return how ranks with this environment are started: "fork" or "spawn".
+
+        Raises:
+            LaunchError: The user asks for another way.
+        """
+        try:
+            wanted = _settings.start_method(env)
+        except ValueError as error:
+            raise LaunchError(str(error)) from None
+        # macOS frameworks abort in forked children.
+        can_fork = sys.platform == "linux" and not self.cannot_fork
+        return wanted or ("fork" if can_fork else "spawn")
+
+    def count_gpus(self, env: Mapping[str, str], gate: InterruptGate, seconds: float | None = None) -> int:
+        """Ask the launcher how many GPUs there are: neither it nor the kernel may look for itself.
+
+        Args:
+            env: The environment that ranks will have.
+            gate: Tells of interrupts.
+            seconds: How long to wait for the answer, which comes once torch is imported; None for as long as it takes.
+
+        Raises:
+            LaunchError: There is no launcher to be had, or it cannot count.
+            TimeoutError: It has not answered in time.
+        """
+        channel = self.open_channel(env)
+        answer = select.poll()
+        answer.register(channel.sock, select.POLLIN)
+        try:
+            with gate.open():
+                _wire.send(channel.sock, "count gpus", env=dict(env))
+                while not channel.closed:
+                    if not answer.poll(None if seconds is None else seconds * 1000):
+                        break
+                    for message in channel.receive():
+                        if message["kind"] == "refused":
+                            raise LaunchError(f"the GPUs could not be counted: {message['reason']}")
+                        return int(message["count"])
+                else:
+                    raise self.launcher_died()
+        except OSError:
+            raise self.launcher_died() from None
+        finally:
+            channel.close()
+        raise TimeoutError
 
     def wake(self) -> None:
         """Let the launcher go on, if somebody has stopped it: a run would wait for it, and so would its end."""

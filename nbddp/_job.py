@@ -14,15 +14,13 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import select
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbddp import _client, _closure, _devices, _limits, _plots, _process, _results, _settings, _where, _wire
+from nbddp import _client, _closure, _devices, _limits, _plots, _process, _results, _settings, _wire
 from nbddp._agent import Launch, torchrun_options
 from nbddp._errors import LaunchError, NbddpError, RunLostError
 from nbddp._memory import Meter
@@ -32,44 +30,18 @@ from nbddp._relay import Relay, View
 from nbddp._report import Circumstances, error_of, interrupted
 from nbddp._results import Wanted
 from nbddp._run import Ending, Run
+from nbddp._running import UnderWay, running
 from nbddp._screen import Screen
 from nbddp._script import Cell, Script, Setup
 from nbddp._snapshot import Snapshot
 from nbddp._stop import GRACE_SECONDS, InterruptGate
 from nbddp._where import Sources
+from nbddp._world import World
 
 # What nbddp defines in the ranks where the notebook has no such name.
 GIVEN_NAMES = ("rank", "local_rank", "world_size", "device")
 
-# Seconds that ranks have to write their stacks; they need microseconds.
-_STACK_SECONDS = 0.5
-
 MimeBundle = tuple[dict[str, Any], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class UnderWay:
-    """A run that is under way in this process; may be asked from any thread."""
-
-    run: Run
-    run_dir: RunDir
-    sources: Sources
-
-    def stacks(self) -> list[str]:
-        """Return where the ranks are at this moment, a line for each group that is at the same place."""
-        states = self.run.states
-        waited_for = [state for state in states.values() if not state.ended]
-        for state in waited_for:
-            self.run.take_stack(state)
-        deadline = time.monotonic() + _STACK_SECONDS
-        while waited_for and time.monotonic() < deadline:
-            time.sleep(0.01)
-            waited_for = [state for state in waited_for if not _where.has_answered(state, self.run_dir)]
-        return _where.lines_of(states, self.run_dir, self.sources)
-
-
-# The runs that are under way in this process, shown or not.
-running: list[UnderWay] = []
 
 
 @dataclass
@@ -133,7 +105,8 @@ def perform(job: Job, client: _client.Client, screen: Screen) -> Finished:
     """
     _limits.check_files(0)
     try:
-        return _perform(job, client, screen)
+        with InterruptGate() as gate:
+            return prepare(job, client, screen, gate).run(gate)
     except NbddpError:
         raise  # it may be an OSError as well: what a rank has raised
     except OSError as error:
@@ -143,35 +116,17 @@ def perform(job: Job, client: _client.Client, screen: Screen) -> Finished:
         raise LaunchError(_limits.no_more_files("cannot start a run")) from error
 
 
-def _perform(job: Job, client: _client.Client, screen: Screen) -> Finished:
-    with InterruptGate() as gate:
-        attempt = _Attempt(job, client, screen, gate, start_method(job.options, client))
-        launcher_died = False
-        while True:
-            try:
-                return attempt.make()
-            except _CannotFork as error:
-                client.cannot_fork = True
-                attempt.start_method = "spawn"
-                screen.write(f"nbddp: CUDA does not work in a forked process here; starting new ones ({error})\n")
-            except _LauncherDied:
-                # Before the run began, so it can be begun again; but not for ever.
-                if launcher_died:
-                    raise client.launcher_died() from None
-                launcher_died = True
-
-
 def dry_run(job: Job, client: _client.Client) -> str:
     """Return what `perform` would launch and send, as text."""
     _limits.check_files(0)
     env = {**os.environ, **job.options.env}
     with InterruptGate() as gate:
-        devices = _devices.choose(job.options, env, lambda: count_gpus(client, env, gate))
+        devices = _devices.choose(job.options, env, lambda: client.count_gpus(env, gate))
         with gate.open():
             snapshot = _closure.capture(job.names, job.namespace, job.lines, job.place)
     if job.options.keep_script is not None:
         _export(_script(job, devices, snapshot), job.options.keep_script)
-    options = torchrun_options(devices.ranks, job.options.max_restarts, start_method(job.options, client))
+    options = torchrun_options(devices.ranks, job.options.max_restarts, client.start_method(env))
     lines = [devices.note] if devices.note else []
     lines.append("torchrun " + " ".join(options) + " <generated script>")
     return "\n".join([*lines, *_closure.explain(job.names, job.namespace, job.lines, snapshot)])
@@ -185,245 +140,263 @@ class _LauncherDied(Exception):  # noqa: N818  # control flow
     """The launcher ended before it started the run."""
 
 
+def prepare(job: Job, client: _client.Client, screen: Screen, gate: InterruptGate) -> Prepared:
+    """Do all that concerns the notebook's own variables: afterwards these may change.
+
+    Raises:
+        NbddpError: The job cannot be run.
+        KeyboardInterrupt: The user stopped it.
+    """
+    times = {"began": time.monotonic()}
+    said = _Said(screen)
+    env = {**os.environ, **job.options.env}
+    # First, so that it imports while this process pickles.
+    if changed := client.start(env):
+        said(f"nbddp: {', '.join(changed)} changed, which torch reads when it loads; loading it anew")
+    names = {**job.names, **_plots.settings()}
+    with _interruptible(gate, f"what {job.place} uses was pickled; nothing was launched"):
+        closure = _closure.capture(names, job.namespace, job.lines, job.place)
+    times["captured"] = time.monotonic()
+    devices = _devices.choose(job.options, env, lambda: client.count_gpus(env, gate))
+    _check_numbers(job, devices, lambda: client.count_gpus(os.environ, gate))
+    if devices.note:
+        said(devices.note)
+    if job.large is not None and closure.nbytes > job.large:
+        said(_closure.size_line(names, closure))
+    if hidden := _hidden_names(job, devices):
+        said(hidden)
+    for wrapper in dict.fromkeys(closure.unwrapped):
+        said(f"nbddp: {wrapper} was unwrapped: its .module is sent; wrap it again in the cell")
+    script = _script(job, devices, closure)
+    if (path := job.options.keep_script) is not None:
+        _export(script, path)
+        said(f"nbddp: kept as {path}: torchrun --nproc-per-node {devices.ranks} {path}")
+    run_dir = client.session.new_run()
+    try:
+        with _interruptible(gate, "the script was written; nothing was launched"):
+            _write(script, run_dir)
+    except BaseException:
+        client.session.end_run(run_dir)
+        raise
+    # It lies in the run directory now; copies that it may hold are not to wait for the end of the run.
+    closure.release()
+    return Prepared(job, client, screen, devices, run_dir, closure.met, times, said)
+
+
+class _Said:
+    """Shows lines of nbddp's own, and remembers them."""
+
+    def __init__(self, screen: Screen) -> None:
+        self._screen = screen
+        self.text = ""
+
+    def __call__(self, line: str) -> None:
+        self.text += line + "\n"
+        self._screen.write(line + "\n")
+
+
+@contextlib.contextmanager
+def _interruptible(gate: InterruptGate, what: str) -> Iterator[None]:
+    """Let an interrupt tear the code inside; say then what that was."""
+    torn = False
+    try:
+        with gate.open():
+            yield
+    except KeyboardInterrupt:
+        torn = True
+    if torn:
+        # Not where the first is handled: it would go along, with all that its frames hold.
+        raise interrupted((), f"interrupted while {what}")
+
+
+def _check_numbers(job: Job, devices: _devices.Devices, count_gpus: Callable[[], int]) -> None:
+    """Refuse ranks and devices that there are not."""
+    if job.view.ranks is not None and max(job.view.ranks) >= devices.ranks:
+        raise LaunchError(f"--ranks {max(job.view.ranks)}: this run has {_ranks_of(devices.ranks)}")
+    if job.wanted.device is not None:
+        _devices.check_out_device(job.wanted.device, count_gpus)
+
+
 @dataclass
-class _Attempt:
-    """One way through the stages; a new one is made only if nothing of the cell has run."""
+class Prepared:
+    """A job of which everything that concerns the notebook's variables is done; to be run once, on any thread.
+
+    Attributes:
+        job: The job.
+        client: The kernel's end of the launcher.
+        screen: Where output is shown.
+        devices: What it runs on.
+        run_dir: Its files.
+        sent: The objects that go to the ranks.
+        times: When each stage was complete.
+        say: Shows a line of nbddp's own.
+    """
 
     job: Job
     client: _client.Client
     screen: Screen
-    gate: InterruptGate
-    start_method: str
-    said: str = ""
+    devices: _devices.Devices
+    run_dir: RunDir
+    sent: Sequence[Any]
+    times: dict[str, float]
+    say: _Said
 
-    def make(self) -> Finished:
-        job, gate = self.job, self.gate
-        times = {"began": time.monotonic()}
-        env = {**os.environ, **job.options.env}
-        # First, so that it imports while this process pickles.
-        if changed := self.client.start(env):
-            self.say(f"nbddp: {', '.join(changed)} changed, which torch reads when it loads; loading it anew")
-        names = {**job.names, **_plots.settings()}
-        with self._interruptible(f"what {job.place} uses was pickled; nothing was launched"):
-            closure = _closure.capture(names, job.namespace, job.lines, job.place)
-        times["captured"] = time.monotonic()
-        devices = _devices.choose(job.options, env, lambda: count_gpus(self.client, env, gate))
-        if job.view.ranks is not None and max(job.view.ranks) >= devices.ranks:
-            raise LaunchError(f"--ranks {max(job.view.ranks)}: this run has {_ranks_of(devices.ranks)}")
-        if job.wanted.device is not None:
-            _devices.check_out_device(job.wanted.device, lambda: count_gpus(self.client, os.environ, gate))
-        if devices.note:
-            self.say(devices.note)
-        if job.large is not None and closure.nbytes > job.large:
-            self.say(_closure.size_line(names, closure))
-        if hidden := _hidden_names(job, devices):
-            self.say(hidden)
-        for wrapper in dict.fromkeys(closure.unwrapped):
-            self.say(f"nbddp: {wrapper} was unwrapped: its .module is sent; wrap it again in the cell")
-        script = _script(job, devices, closure)
-        if (path := job.options.keep_script) is not None:
-            _export(script, path)
-            self.say(f"nbddp: kept as {path}: torchrun --nproc-per-node {devices.ranks} {path}")
-        session = self.client.session
-        run_dir = session.new_run()
-        try:
-            with self._interruptible("the script was written; nothing was launched"):
-                _write(script, run_dir)
-            # It lies in the run directory now; copies that it may hold are not to wait for the end of the run.
-            closure.release()
-            ending = self._run(devices, run_dir, closure.met)
-            with self._interruptible("the results were loaded; nothing was assigned"):
-                reports = {rank: state.outcome or {} for rank, state in ending.ranks.items()}
-                results = _results.read(job.wanted, reports, closure.met)
-            for wrapper in dict.fromkeys((ending.ranks[0].outcome or {}).get("unwrapped", ())):
-                self.say(f"nbddp: {wrapper} was unwrapped: its .module came back")
-            times |= ending.times | {"results loaded": time.monotonic()}
-            return Finished(results, ending.value, times)
-        finally:
-            session.end_run(run_dir)
-
-    @contextlib.contextmanager
-    def _interruptible(self, what: str) -> Iterator[None]:
-        """Let an interrupt tear the code inside; say then what that was."""
-        torn = False
-        try:
-            with self.gate.open():
-                yield
-        except KeyboardInterrupt:
-            torn = True
-        if torn:
-            # Not where the first is handled: it would go along, with all that its frames hold.
-            raise interrupted((), f"interrupted while {what}")
-
-    def say(self, line: str) -> None:
-        """Show a line of nbddp's own."""
-        self.said += line + "\n"
-        self.screen.write(line + "\n")
-
-    def _run(self, devices: _devices.Devices, run_dir: RunDir, sent: Sequence[Any]) -> Ending:
-        """Run the script on the ranks.
+    def run(self, gate: InterruptGate) -> Finished:
+        """Run it to its end; its directory is gone then.
 
         Raises:
-            NbddpError: The run did not end well.
+            NbddpError: It did not end well.
             KeyboardInterrupt: The user stopped it.
         """
+        try:
+            ending = self._run(gate)
+            with _interruptible(gate, "the results were loaded; nothing was assigned"):
+                reports = {rank: state.outcome or {} for rank, state in ending.ranks.items()}
+                results = _results.read(self.job.wanted, reports, self.sent)
+            for wrapper in dict.fromkeys((ending.ranks[0].outcome or {}).get("unwrapped", ())):
+                self.say(f"nbddp: {wrapper} was unwrapped: its .module came back")
+            times = self.times | ending.times | {"results loaded": time.monotonic()}
+            return Finished(results, ending.value, times)
+        finally:
+            self.client.session.end_run(self.run_dir)
+
+    def _run(self, gate: InterruptGate) -> Ending:
+        """Run the script on the ranks; again, if nothing of it has run and there is another way."""
+        start_method = self.client.start_method({**os.environ, **self.job.options.env})
+        launcher_died = False
+        while True:
+            try:
+                return self._attempt(gate, start_method)
+            except _CannotFork as error:
+                self.client.cannot_fork = True
+                start_method = "spawn"
+                self.say(f"nbddp: CUDA does not work in a forked process here; starting new ones ({error})")
+            except _LauncherDied:
+                # But not for ever.
+                if launcher_died:
+                    raise self.client.launcher_died() from None
+                launcher_died = True
+            self.run_dir.renew()
+
+    def _attempt(self, gate: InterruptGate, start_method: str) -> Ending:
         secret = secrets.token_hex(8)
-        launch = self._what_to_launch(devices, run_dir, secret)
-        session = self.client.session
-        _limits.check_files(devices.ranks)
-        _limits.check_processes(devices.ranks)
+        run_dir, ranks = self.run_dir, self.devices.ranks
+        launch = self._what_to_launch(secret, start_method)
+        _limits.check_files(ranks)
+        _limits.check_processes(ranks)
         with contextlib.ExitStack() as stack:
             try:
                 server = stack.enter_context(_wire.listen(run_dir.socket))
-                logs = session.new_logs()
-                if self.job.own:
-                    stack.callback(shutil.rmtree, logs, ignore_errors=True)
-                else:
-                    stack.callback(session.keep_logs, logs)
-                relay = Relay(devices.ranks, logs, secret, self.screen, self.job.view, self.said)
+                relay = self._relay(secret, stack)
             except OSError as error:
                 raise cannot_write("prepare a run", run_dir.socket, error) from error
-            stack.callback(relay.close)
             channel = self.client.open_channel(launch.env)
-            # Without a word before it, this ends the run.
             stack.callback(channel.close)
-            oom_kills = _process.oom_kills()
-            run = Run(
-                launch,
-                server,
-                channel,
-                relay,
-                None if self.job.view.plain or not self.screen.in_place else self.screen,
-                Meter(_devices.gpus_of(devices, launch.env)),
-                self.gate,
-                timeout=self.job.options.timeout,
-                grace=self.job.grace,
-                wait_until_gone=devices.gpus,
-                wake=self.client.wake,
-            )
-            under_way = UnderWay(run, run_dir, self._sources(run_dir))
-            running.append(under_way)
-            stack.callback(running.remove, under_way)
-            try:
-                ending = run.wait()
-            except OSError as error:
-                if not (run.started and _limits.is_about_files(error)):
-                    raise
-                raise RunLostError(_limits.no_more_files("the run cannot be followed any more")) from error
-        if run.launcher_died:
+            world = World(launch, server, channel, self.client.wake)
+            stack.callback(world.close)
+            run = self._follower(world, relay, gate)
+            return self._follow(run, relay, gate)
+
+    def _relay(self, secret: str, stack: contextlib.ExitStack) -> Relay:
+        """Return what shows the ranks' output; the stack closes it and puts the logs away."""
+        session = self.client.session
+        logs = session.new_logs()
+        if self.job.own:
+            stack.callback(shutil.rmtree, logs, ignore_errors=True)
+        else:
+            stack.callback(session.keep_logs, logs)
+        relay = Relay(self.devices.ranks, logs, secret, self.screen, self.job.view, self.say.text)
+        stack.callback(relay.close)
+        return relay
+
+    def _follower(self, world: World, relay: Relay, gate: InterruptGate) -> Run:
+        return Run(
+            world,
+            relay,
+            None if self.job.view.plain or not self.screen.in_place else self.screen,
+            Meter(_devices.gpus_of(self.devices, world.launch.env)),
+            gate,
+            begin=world.start,
+            timeout=self.job.options.timeout,
+            grace=self.job.grace,
+            wait_until_gone=self.devices.gpus,
+        )
+
+    def _follow(self, run: Run, relay: Relay, gate: InterruptGate) -> Ending:
+        """See a run to its end.
+
+        Raises:
+            NbddpError: It did not end well.
+            KeyboardInterrupt: The user stopped it.
+        """
+        oom_kills = _process.oom_kills()
+        under_way = UnderWay(run, self.run_dir, self._sources())
+        running.append(under_way)
+        world = run.world
+        try:
+            ending = run.wait()
+        except OSError as error:
+            if not (world.started and _limits.is_about_files(error)):
+                raise
+            raise RunLostError(_limits.no_more_files("the run cannot be followed any more")) from error
+        finally:
+            running.remove(under_way)
+        if world.launcher_died:
             self.client.give_up_launcher()
-            if not run.started and ending.cause != "interrupted":
+            if not world.started and ending.cause != "interrupted":
                 raise _LauncherDied
         if ending.cause != "done":
             said = {output.rank: output.recent for output in relay.outputs}
-            raise self._error(ending, run, run_dir, _process.oom_kills() - oom_kills, said, sent)
+            raise self._error(ending, run, gate, _process.oom_kills() - oom_kills, said)
         return ending
 
-    def _sources(self, run_dir: RunDir) -> Sources:
-        return Sources(self.job.cell, run_dir.script, self.job.source_of)
+    def _sources(self) -> Sources:
+        return Sources(self.job.cell, self.run_dir.script, self.job.source_of)
 
-    def _what_to_launch(self, devices: _devices.Devices, run_dir: RunDir, secret: str) -> Launch:
-        env = _devices.environment(os.environ, self.job.options, devices)
+    def _what_to_launch(self, secret: str, start_method: str) -> Launch:
+        env = _devices.environment(os.environ, self.job.options, self.devices)
         env |= {
             _settings.SESSION: self.client.session.name,
-            _settings.RUN_DIR: run_dir.root,
+            _settings.RUN_DIR: self.run_dir.root,
             _settings.MARK: secret,
         }
         umask = os.umask(0o077)
         os.umask(umask)
         return Launch(
-            run_dir=run_dir.root,
-            ranks=devices.ranks,
+            run_dir=self.run_dir.root,
+            ranks=self.devices.ranks,
             max_restarts=self.job.options.max_restarts,
             env=env,
             cwd=_client.working_directory() or None,
             umask=umask,
             path=_client.search_path(),
-            start_method=self.start_method,
+            start_method=start_method,
         )
 
     def _error(
-        self,
-        ending: Ending,
-        run: Run,
-        run_dir: RunDir,
-        oom_kills: int,
-        said: Mapping[int, str],
-        sent: Sequence[Any],
+        self, ending: Ending, run: Run, gate: InterruptGate, oom_kills: int, said: Mapping[int, str]
     ) -> BaseException:
         for state in ending.ranks.values():
             if state.outcome is not None and state.outcome["outcome"] == "cannot fork":
                 return _CannotFork(state.outcome["message"])
         circumstances = Circumstances(
-            run_dir,
-            self._sources(run_dir),
+            self.run_dir,
+            self._sources(),
             run.ranks,
             run.env,
             self.job.options.timeout,
-            self.gate,
+            gate,
             oom_kills,
             said,
             known=self.job.known - set(self.job.names),
-            sent=sent,
-            launcher=self.client.last_words() if run.launcher_died else None,
+            sent=self.sent,
+            launcher=self.client.last_words() if run.world.launcher_died else None,
         )
         return error_of(ending, circumstances)
 
 
 def _ranks_of(count: int) -> str:
     return "one rank, 0" if count == 1 else f"ranks 0 to {count - 1}"
-
-
-def start_method(options: Options, client: _client.Client) -> str:
-    """Return how ranks are started: "fork" or "spawn".
-
-    Raises:
-        LaunchError: The user asks for another way.
-    """
-    try:
-        wanted = _settings.start_method({**os.environ, **options.env})
-    except ValueError as error:
-        raise LaunchError(str(error)) from None
-    # macOS frameworks abort in forked children.
-    can_fork = sys.platform == "linux" and not client.cannot_fork
-    return wanted or ("fork" if can_fork else "spawn")
-
-
-def count_gpus(
-    client: _client.Client, env: Mapping[str, str], gate: InterruptGate, seconds: float | None = None
-) -> int:
-    """Ask the launcher how many GPUs there are: neither it nor the kernel may look for itself.
-
-    Args:
-        client: The kernel's end of the launcher, which is started if it does not run.
-        env: The environment that ranks will have.
-        gate: Tells of interrupts.
-        seconds: How long to wait for the answer, which comes once torch is imported; None for as long as it takes.
-
-    Raises:
-        LaunchError: There is no launcher to be had, or it cannot count.
-        TimeoutError: It has not answered in time.
-    """
-    channel = client.open_channel(env)
-    answer = select.poll()
-    answer.register(channel.sock, select.POLLIN)
-    try:
-        with gate.open():
-            _wire.send(channel.sock, "count gpus", env=dict(env))
-            while not channel.closed:
-                if not answer.poll(None if seconds is None else seconds * 1000):
-                    break
-                for message in channel.receive():
-                    if message["kind"] == "refused":
-                        raise LaunchError(f"the GPUs could not be counted: {message['reason']}")
-                    return int(message["count"])
-            else:
-                raise client.launcher_died()
-    except OSError:
-        raise client.launcher_died() from None
-    finally:
-        channel.close()
-    raise TimeoutError
 
 
 def _script(job: Job, devices: _devices.Devices, closure: Snapshot) -> Script:

@@ -22,7 +22,7 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_cell_magic, magics_class
 from traitlets import Bool, Float, Int
 
-from nbddp import _closure, _doctor, _job, _logs, _names, _settings
+from nbddp import _closure, _doctor, _job, _logs, _names, _running, _settings
 from nbddp._errors import LaunchError, NbddpError, RankError, ResultError
 from nbddp._function import client
 from nbddp._options import HelpAsked, OptionError, Options, help_text, option_names, parse
@@ -248,7 +248,7 @@ class DDPMagics(Magics):
 
 def _status() -> str:
     """Return what is known of the runs that are under way."""
-    panels = [one.run.panel for one in _job.running]
+    panels = [one.run.panel for one in _running.running]
     if not panels:
         return _NOTHING
     for panel in panels:
@@ -260,7 +260,7 @@ def _status() -> str:
 
 def _stacks() -> str:
     """Return where the ranks are of the runs that are under way."""
-    lines = [line for one in list(_job.running) for line in one.stacks() or ["nbddp: no rank has started yet"]]
+    lines = [line for one in list(_running.running) for line in one.stacks() or ["nbddp: no rank has started yet"]]
     return "\n".join(lines) or _NOTHING
 
 

@@ -15,7 +15,8 @@ from nbddp import _palette
 from nbddp._memory import Meter
 from nbddp._output import RankOutput
 from nbddp._progress import Progress, parse
-from nbddp._ranks import Ranks, RankState, in_short, in_short_of_other
+from nbddp._rank_state import RankState, in_short, in_short_of_other
+from nbddp._ranks import Ranks
 from nbddp._screen import MimeBundle, Screen
 
 # Seconds after which a cell gets a panel: a quick one shows its lines and nothing else. It begins when the first rank

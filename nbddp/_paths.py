@@ -138,6 +138,12 @@ class RunDir:
             os.mkdir(self._shm, 0o700)
         return is_private(self._shm)
 
+    def renew(self) -> None:
+        """Delete what ranks and agent have left, before others begin with the same script."""
+        for name in os.listdir(self.root):
+            if name == "socket" or name.startswith(("store.", "stacks.")):
+                os.unlink(os.path.join(self.root, name))
+
     def remove(self) -> None:
         """Delete everything; safe to call twice, and from the kernel and the launcher at once."""
         shutil.rmtree(self.root, ignore_errors=True)

@@ -7,6 +7,7 @@ again with what is known to get around the usual causes, and the finding says wi
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import time
 from collections.abc import Iterator, Mapping
@@ -118,7 +119,7 @@ def count_gpus(client: Client, env: Mapping[str, str]) -> int | Finding:
     """
     try:
         with InterruptGate() as gate:
-            return _job.count_gpus(client, env, gate, LAUNCHER_SECONDS)
+            return client.count_gpus(env, gate, LAUNCHER_SECONDS)
     except TimeoutError:
         return Finding(
             "bad",
@@ -218,7 +219,7 @@ class _AllReduce:
         Raises:
             LaunchError: The user asks for a start method that there is not.
         """
-        spawned = _job.start_method(self.options, self.client) == "spawn"
+        spawned = self.client.start_method({**os.environ, **self.options.env}) == "spawn"
         return DEADLINES[self.backend] + (_SPAWN_SECONDS if spawned else 0.0)
 
     def _advice(self) -> str:

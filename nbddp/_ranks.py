@@ -8,29 +8,20 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 import selectors
-import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from nbddp import _process, _wire
 from nbddp._loop import Loop
-from nbddp._relay import Relay
+from nbddp._rank_state import RankState
 from nbddp._stop import TELL_SECONDS
 
 # More at once costs time even if there is less: the buffer is made for it.
 _READ = 1 << 16
-
-# What a collective raises, over gloo and NCCL, when another rank is gone: a consequence, never the cause.
-PEER_GONE = re.compile(r"Connection closed by peer|Connection reset by peer|Broken pipe|ncclRemoteError")
-
-# The types of such exceptions; a dataset whose download breaks off says the same with another.
-_OF_TORCH = ("RuntimeError", "DistBackendError", "DistNetworkError", "DistError", "DistStoreError")
 
 # Ranks that print line by line would wake this process for each line. So after a read that found little, their output
 # is left alone for some milliseconds; their pipes hold far more than they print in that time.
@@ -38,66 +29,17 @@ _GATHER_SECONDS = 0.02
 _LITTLE = 1 << 15
 
 
-@dataclass
-class RankState:
-    """What is known of one rank.
+class Listener(Protocol):
+    """Who hears what ranks print and show; `nbddp._relay.Relay` is one."""
 
-    Attributes:
-        rank: Its number.
-        pid: Its process.
-        in_cell: Whether it has begun to run the cell.
-        failing: That it has raised: what, and when. Comes before the report, which has the traceback.
-        outcome: Its report, once there is one; see `nbddp._rank._outcome`.
-        pickled: The file with the exception that it raised, if there is one.
-        ended: Whether it has said that nothing more comes, or is gone.
-        ended_at: When that was.
-        died: When it was seen to be gone without having said so.
-        exitcode: How it ended, if it died.
-        interrupted: Whether it was sent SIGINT.
-        stack_at: Where in its file the stack begins that it was last asked for.
-        stopped: Whether it was ended by nbddp.
-        asked: Whether it has been asked where it is, and has not answered.
-        where: Where it last said that it is; see `nbddp._uplink._where`.
-    """
+    def feed(self, rank: int, data: bytes) -> None:
+        """Take what a rank wrote."""
 
-    rank: int
-    pid: int
-    inbox: _wire.Inbox
-    output: int
-    pidfd: int | None
-    in_cell: bool = False
-    failing: dict[str, Any] | None = None
-    outcome: dict[str, Any] | None = None
-    pickled: str | None = None
-    ended: bool = False
-    ended_at: float = 0.0
-    died: float | None = None
-    exitcode: int | None = None
-    interrupted: bool = False
-    stack_at: int = 0
-    stopped: bool = False
-    where: dict[str, Any] = field(default_factory=dict)
-    asked: bool = False
+    def display(self, rank: int, message: dict[str, Any]) -> None:
+        """Take a display."""
 
-    @property
-    def is_consequence(self) -> bool:
-        """Whether it only noticed that another rank was gone."""
-        kind = str((self.outcome or self.failing or {}).get("exception", ""))
-        return kind in _OF_TORCH and PEER_GONE.search(self.message) is not None
-
-    @property
-    def message(self) -> str:
-        """The message of what it raised."""
-        return str((self.outcome or self.failing or {}).get("message", ""))
-
-    @property
-    def failed_at(self) -> float | None:
-        """When it failed, or None if it has not."""
-        if self.failing is not None:
-            return float(self.failing["time"])
-        if self.outcome is not None:
-            return None if self.outcome["outcome"] == "done" else float(self.outcome["time"])
-        return self.died if not self.stopped else None
+    def restart(self, rank: int) -> None:
+        """Take note that a rank is a new process."""
 
 
 class Ranks:
@@ -105,10 +47,7 @@ class Ranks:
 
     Args:
         server: The socket, at `RunDir.socket`, on which the run's processes report.
-        loop: The run's event loop.
-        relay: Where output goes.
-        arrived: Called with each rank that connects.
-        began: Called when a rank begins the cell.
+        loop: The event loop.
 
     Attributes:
         states: The ranks by number.
@@ -116,23 +55,17 @@ class Ranks:
         values: The values of the cell on the ranks that have one: a mime bundle and its metadata.
         times: When each stage was complete, on the rank that took longest for it (``time.monotonic``).
         agent_ended: Whether the agent has said its last.
+        ready: Called with each rank that waits for its first cell.
         due: When `tick` is to be called (``time.monotonic``); infinity if there is no need.
     """
 
-    def __init__(
-        self,
-        server: socket.socket,
-        loop: Loop,
-        relay: Relay,
-        *,
-        arrived: Callable[[RankState], None],
-        began: Callable[[], None],
-    ) -> None:
+    def __init__(self, server: socket.socket, loop: Loop) -> None:
         self._server = server
         self._loop = loop
-        self._relay = relay
-        self._arrived = arrived
-        self._began = began
+        self._relay: Listener
+        self._arrived: Callable[[RankState], None]
+        self._began: Callable[[RankState], None]
+        self.ready: Callable[[RankState], None] = lambda _: None
         self.states: dict[int, RankState] = {}
         self.attempt = 0
         self.values: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
@@ -145,6 +78,32 @@ class Ranks:
         self.due = float("inf")
         loop.watch(server, self._accept)
         self._watch_outputs()
+
+    def attach(
+        self,
+        relay: Listener,
+        *,
+        arrived: Callable[[RankState], None] = lambda _: None,
+        began: Callable[[RankState], None] = lambda _: None,
+    ) -> None:
+        """Say who is to hear of the ranks from now on.
+
+        Args:
+            relay: Where output goes.
+            arrived: Called with each rank that connects.
+            began: Called with each rank that begins the cell.
+        """
+        self._relay, self._arrived, self._began = relay, arrived, began
+
+    @property
+    def gone(self) -> list[RankState]:
+        """The ranks that ended without a word."""
+        return [state for state in self.states.values() if state.died is not None]
+
+    @property
+    def all_idle(self) -> bool:
+        """Whether all ranks that there are wait for a cell."""
+        return all(state.idle for state in self.states.values())
 
     @property
     def failed(self) -> list[RankState]:
@@ -267,8 +226,11 @@ class Ranks:
         for message in messages:
             match message["kind"]:
                 case "begin":
-                    state.in_cell = True
-                    self._began()
+                    state.in_cell, state.idle = True, False
+                    self._began(state)
+                case "ready":
+                    state.idle = True
+                    self.ready(state)
                 case "display" if message["value"]:
                     self.values[state.rank] = message["data"], message["metadata"]
                     self._relay.display(state.rank, message)
@@ -282,6 +244,11 @@ class Ranks:
                     state.outcome = message
                     for stage, at in message["times"].items():
                         self.times[stage] = max(at, self.times.get(stage, at))
+                case "idle":
+                    state.pickled, state.held = message["pickled"], message["held"]
+                    # As at the end: all that the cell has printed is in the pipe.
+                    self._drain(state)
+                    state.ended, state.idle, state.ended_at = True, True, time.monotonic()
                 case "end":
                     state.pickled = message["pickled"]
                     # It flushed before it said so: all that is its own is in the pipe. Its children may go on.
@@ -333,13 +300,14 @@ class Ranks:
     def _see_death(self, state: RankState) -> None:
         if state.pidfd is not None:
             self._loop.unwatch(state.pidfd)
-        if state.ended:
+        if state.ended and not state.idle:
             return
         state.inbox.idle = False
-        while not (state.inbox.idle or state.inbox.closed or state.ended):
+        while not (state.inbox.idle or state.inbox.closed or (state.ended and not state.idle)):
             self._hear(state)
         self._drain(state)
-        if not state.ended:
+        if not state.ended or state.idle:
+            state.idle = False
             state.died = state.ended_at = time.monotonic()
             state.ended = True
             # torchrun will say so, too, but later, and not of ranks that it starts again.
@@ -361,56 +329,3 @@ def _close(state: RankState) -> None:
         if fd is not None:
             with contextlib.suppress(OSError):
                 os.close(fd)
-
-
-def in_short(state: RankState) -> str:
-    """Return in a few words how a rank ended."""
-    outcome = state.outcome
-    if outcome is None:
-        outcome = state.failing and {**state.failing, "outcome": "raised"}
-    if not outcome:
-        return "stopped" if state.stopped else how_it_died(state.exitcode)
-    match outcome["outcome"]:
-        case "done":
-            return "finished"
-        case "raised":
-            first = (outcome["message"].splitlines() or [""])[0]
-            return f"{outcome['exception']}: {first}" if first else str(outcome["exception"])
-        case "exited":
-            return f"exited with status {outcome['code']}"
-        case _:
-            return str(outcome["outcome"])
-
-
-def in_short_of_other(state: RankState, first: RankState) -> str:
-    """Return in a few words how a rank ended that was not the first to fail."""
-    if (state.outcome is None and state.failing is None) or state.is_consequence:
-        # By nbddp, by torchrun, or by the loss of the one that failed.
-        return "stopped"
-    text = in_short(state)
-    return "the same" if first.outcome is not None and text == in_short(first) else text
-
-
-def rank_list(numbers: Sequence[int]) -> str:
-    """Return rank numbers as a person writes them: ``rank 3``, ``ranks 0, 2-5``."""
-    spans: list[list[int]] = []
-    for rank in numbers:
-        if spans and spans[-1][1] == rank - 1:
-            spans[-1][1] = rank
-        else:
-            spans.append([rank, rank])
-    listed = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
-    return f"rank {listed}" if len(numbers) == 1 else f"ranks {listed}"
-
-
-def how_it_died(exitcode: int | None) -> str:
-    """Return how a process ended that said nothing, from its exit status (negative: minus a signal)."""
-    if exitcode is None:
-        return "left before the end of the cell"
-    if exitcode < 0:
-        try:
-            name = signal.Signals(-exitcode).name
-        except ValueError:
-            name = "an unknown one"
-        return f"was killed by signal {-exitcode} ({name})"
-    return f"left the process with status {exitcode} before the end of the cell"

@@ -10,7 +10,7 @@ from typing import Any
 from nbddp import _advice, _doctor, _limits, _palette, _raised, _where
 from nbddp._errors import LaunchError, RankError, RunLostError, RunTimeout
 from nbddp._paths import RunDir
-from nbddp._ranks import RankState, how_it_died, in_short, in_short_of_other, rank_list
+from nbddp._rank_state import RankState, how_it_died, in_short, in_short_of_other, rank_list
 from nbddp._run import Ending
 from nbddp._stop import InterruptGate
 from nbddp._where import Sources

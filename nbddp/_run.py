@@ -7,27 +7,19 @@ torchrun, it can tell the first failure from its consequences, and need not wait
 
 from __future__ import annotations
 
-import contextlib
-import os
 import signal
-import socket
-import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbddp import _process, _wire
-from nbddp._agent import Launch
-from nbddp._loop import Loop
 from nbddp._memory import Meter
 from nbddp._panel import Panel
-from nbddp._paths import RunDir
-from nbddp._ranks import Ranks, RankState, in_short, rank_list
+from nbddp._rank_state import RankState, in_short, rank_list
 from nbddp._relay import Relay
 from nbddp._screen import Screen
 from nbddp._stop import SETTLE_SECONDS, InterruptGate, Ladder, Step
-from nbddp._uplink import STACK_SIGNAL
+from nbddp._world import World
 
 # Seconds that torchrun has to say how a rank died, and, after the failed ranks are gone, to start them all again,
 # before nbddp goes on without it. It gives the others 30 seconds to end; it never starts anew after one that left with
@@ -42,9 +34,6 @@ _SLOW_START_SECONDS = 30.0
 # Seconds between two looks at whether ranks that have failed have said how.
 _PUT_OFF_SECONDS = 0.02
 
-# Seconds to wait for the launcher's word that all is gone; it needs milliseconds.
-_END_SECONDS = 15.0
-
 
 @dataclass
 class Ending:
@@ -56,6 +45,7 @@ class Ending:
         first: The rank that failed first.
         value: The mime bundle of the cell's value, and its metadata: that of the first rank that is shown.
         killed: Whether ranks had to be killed after an interrupt.
+        stayed: Whether the ranks wait for the next cell.
         agent_status: The agent's exit status, if it ended without a word.
         refusal: Why the launcher started nothing, if it said so.
         times: When each stage was complete, on the rank that took longest for it (``time.monotonic``).
@@ -66,89 +56,73 @@ class Ending:
     first: RankState | None = None
     value: tuple[dict[str, Any], dict[str, Any]] | None = None
     killed: bool = False
+    stayed: bool = False
     agent_status: int | None = None
     refusal: str | None = None
     times: dict[str, float] = field(default_factory=dict)
 
 
 class Run:
-    """Starts a run and sees it through.
+    """Sets a cell going on the ranks of a world and sees it through.
 
     Args:
-        launch: What the launcher is to start.
-        server: The socket, at `RunDir.socket`, on which the run's processes report.
-        channel: A channel to the launcher.
+        world: The ranks' processes.
         relay: Where output goes.
         screen: Where the panel is shown; None for no panel.
         meter: Reads the ranks' memory.
         gate: Tells of interrupts.
+        begin: Sets the cell going.
+        stay: Whether the ranks stay when the cell is over, if they can.
         timeout: Seconds after which the run is stopped, or None.
         grace: Seconds that ranks have to end after an interrupt.
         wait_until_gone: Whether to return only when every process is gone: what holds a GPU's memory must be, before
             the next cell asks for it. So it is in any case if ranks leave processes of their own.
-        wake: Called when the launcher is needed; somebody may have stopped it.
     """
 
     def __init__(
         self,
-        launch: Launch,
-        server: socket.socket,
-        channel: _wire.Inbox,
+        world: World,
         relay: Relay,
         screen: Screen | None,
         meter: Meter,
         gate: InterruptGate,
         *,
+        begin: Callable[[], None],
+        stay: bool = False,
         timeout: float | None,
         grace: float,
         wait_until_gone: bool,
-        wake: Callable[[], None],
     ) -> None:
-        self._launch = launch
-        self._channel = channel
+        self.world = world
         self._relay = relay
         self._gate = gate
+        self._begin = begin
+        self._stay = stay
         self._deadline = float("inf") if timeout is None else time.monotonic() + timeout
         self._grace = grace
         self._wait_until_gone = wait_until_gone
-        self._wake = wake
-        self._loop = Loop()
-        try:
-            self._ranks = Ranks(server, self._loop, relay, arrived=self._arrived, began=self._began)
-        except OSError:
-            self._loop.close()
-            raise
-        self.panel = Panel(self._ranks, launch.ranks, relay.outputs, screen, meter)
+        self._ranks = world.ranks
+        self._launch = world.launch
+        self._ranks.attach(relay, arrived=self._arrived, began=self._began)
+        self.panel = Panel(self._ranks, self._launch.ranks, relay.outputs, screen, meter)
         self._slow_start_at = time.monotonic() + _SLOW_START_SECONDS
         self._announced = -1  # the attempt whose failure the user has been told of
         self._ladder: Ladder | None = None
         self._cause = "done"
         self._killed = False
-        self._agent: int | None = None
-        self._kill_sent = False
-        self._closing = threading.Lock()
-        self._closed = False
-        self._launcher_ended = False
-        self._launcher_died = False
-        self._agent_status: int | None = None
-        self._refusal: str | None = None
         self._all_reported = False
 
     def wait(self) -> Ending:
-        """Launch and wait for the end.
+        """Begin, and wait for the end.
 
-        However it leaves, the launcher then knows that what remains is its to end.
+        However it leaves, the launcher then knows that what remains is its to end, unless the ranks stay.
         """
-        self._loop.watch(self._channel.sock, self._hear_launcher)
-        self._loop.watch(self._gate, self._interrupt)
-        self._channel.sock.setblocking(False)
+        loop = self.world.loop
+        loop.watch(self._gate, self._interrupt)
         try:
-            # A run that cannot be sent is one whose launcher died just now.
-            self._ranks.times["asked"] = time.monotonic()
-            with contextlib.suppress(OSError):
-                self._send("launch", **vars(self._launch))
+            self._begin()
             while not self._over():
-                self._loop.step(min(self._deadline, self._ladder_due(), self._give_up_at(), self._next_look()))
+                loop.step(min(self._deadline, self._ladder_due(), self._give_up_at(), self._next_look()))
                 self._look_at_the_clock()
             # What comes now cannot change how the run ended.
             self._all_reported = True
@@ -160,27 +134,16 @@ class Run:
                 self._gate.presses = 0
             self._name_deaths()
             self._ranks.times["all reported"] = time.monotonic()
-            self._let_go()
-            ending = self._ending()
+            stayed = self._stay and not self._killed and self._ranks.all_idle and self.world.complete
+            if not stayed:
+                self.world.let_go(done=self._cause == "done", wait=self._wait_until_gone)
+            ending = self._ending(stayed)
             ending.value = self._relay.finish(self._ranks.values if ending.cause == "done" else {})
             self.panel.finish(ending.cause)
             return ending
         finally:
             self.panel.finish("lost")  # if it left by an exception
-            self._loop.close()
-            with self._closing:
-                self._closed = True
-                self._ranks.close()
-
-    @property
-    def launcher_died(self) -> bool:
-        """Whether the launcher ended before the run did."""
-        return self._launcher_died
-
-    @property
-    def started(self) -> bool:
-        """Whether the launcher has started the agent."""
-        return self._agent is not None
+            loop.unwatch(self._gate)
 
     @property
     def states(self) -> dict[int, RankState]:
@@ -200,14 +163,14 @@ class Run:
     # The loop.
 
     def _over(self) -> bool:
-        if self._launcher_ended or self._killed:
+        if self.world.launcher_ended or self._killed:
             return True
-        complete = len(self._ranks.states) == self._launch.ranks and all(s.ended for s in self._ranks.states.values())
-        return complete and not self._may_restart()
+        ended = self.world.complete and all(state.ended for state in self._ranks.states.values())
+        return ended and not self._may_restart()
 
     def _all_done(self) -> bool:
-        outcomes = [state.outcome for state in self._ranks.states.values()]
-        return len(outcomes) == self._launch.ranks and all(o is not None and o["outcome"] == "done" for o in outcomes)
+        asked = [state.outcome for state in self._ranks.states.values() if not state.spared]
+        return self.world.complete and all(o is not None and o["outcome"] == "done" for o in asked)
 
     def _may_restart(self) -> bool:
         """Tell whether torchrun is about to start the ranks again."""
@@ -248,7 +211,8 @@ class Run:
             if attempt < self._launch.max_restarts and self._announced < attempt:
                 self._announce_restart(failed[0], attempt)
             elif not self._may_restart():
-                self._stop("failed", Ladder.of_failure())
+                stay = self._stay and not self._ranks.gone
+                self._stop("failed", Ladder.of_failed_cell(self._grace) if stay else Ladder.of_failure())
         telling = self._ranks.telling
         if self._ladder is not None and self._cause == "failed" and self._ladder.due <= time.monotonic() and telling:
             self._ladder.put_off(_PUT_OFF_SECONDS)
@@ -286,10 +250,13 @@ class Run:
     def _interrupt(self) -> None:
         self._gate.drain()
         if self._all_reported:
-            self._send_kill()
+            self.world.kill()
         elif self._cause in ("failed", "timeout"):
             # It is ending already, for a reason that the user will want to see.
             self._stop(self._cause, Ladder.of_impatience())
+        elif self._gate.presses == 2 and self._stay and self._ranks.states:
+            # Their state would go with them.
+            self._stop("interrupted", Ladder.of_insistence(self._grace))
         elif self._gate.presses > 1 or not self._ranks.states:
             self._stop("interrupted", Ladder.of_impatience())
         elif self._cause != "interrupted":
@@ -312,16 +279,17 @@ class Run:
             # The stacks first, and of all ranks: they are written by the C-level handler, before KeyboardInterrupt
             # unwinds them, or the end of an interrupted rank makes the collectives of others raise.
             for state in alive:
-                self.take_stack(state)
+                self.world.take_stack(state)
         for state in alive:
             match step:
                 case Step.INTERRUPT:
-                    if state.in_cell:
-                        self._interrupt_rank(state)
+                    # After a failure, those that wait for the one that has failed.
+                    if state.in_cell and (self._cause != "failed" or not state.failing):
+                        self.world.interrupt(state)
                 case Step.END_STARTING:
                     if state.in_cell and not state.interrupted:
-                        self._interrupt_rank(state)
-                    elif not state.in_cell:
+                        self.world.interrupt(state)
+                    elif not state.in_cell and not state.idle:
                         # It has nothing to clean up, and inside torch, in C++, it would not hear of an interrupt.
                         self._end_rank(state, signal.SIGTERM)
                 case Step.BREAK_OFF:
@@ -334,63 +302,21 @@ class Run:
         if step is Step.TERMINATE and self._cause != "failed" and alive:
             self._relay.say("nbddp: ranks that did not end are terminated")
 
-    def take_stack(self, state: RankState) -> None:
-        """Have a rank write the Python stack of its main thread to its file in the run directory."""
-        path = RunDir.from_environment(self._launch.run_dir).stacks(state.rank)
-        with self._closing:
-            if self._closed or self._ranks.states.get(state.rank) is not state:
-                return  # asked from another thread: its descriptor is closed, or another file's
-            state.stack_at = os.stat(path).st_size if os.path.exists(path) else 0
-            _process.signal_main_thread(state.pid, state.pidfd, STACK_SIGNAL)
-
-    def _interrupt_rank(self, state: RankState) -> None:
-        state.interrupted = True
-        self._ranks.tell(state, "interrupted")
-        _process.signal_main_thread(state.pid, state.pidfd, signal.SIGINT)
-
     def _end_rank(self, state: RankState, signum: int) -> None:
         """End a rank, unless it has said how it ended or, having failed by itself, is about to."""
         if state.outcome is None and state not in self._ranks.telling:
-            state.stopped = True
-            _process.send_signal(state.pid, state.pidfd, signum)
+            self.world.signal(state, signum)
 
-    def _began(self) -> None:
+    def _began(self, state: RankState) -> None:
         self.panel.begin()
+        if self._cause == "interrupted" and not state.interrupted:
+            # It had been told to begin, and had not yet, when all were interrupted.
+            self.world.interrupt(state)
 
     def _arrived(self, state: RankState) -> None:
         """Tell a rank that has just connected what the others were told already."""
         if self._ladder is not None:
-            state.stopped = True
-            _process.send_signal(state.pid, state.pidfd, signal.SIGTERM)
-
-    # The launcher.
-
-    def _send(self, kind: str, **fields: Any) -> None:
-        self._channel.sock.setblocking(True)
-        try:
-            _wire.send(self._channel.sock, kind, **fields)
-        finally:
-            self._channel.sock.setblocking(False)
-
-    def _hear_launcher(self) -> None:
-        for message in self._channel.receive():
-            match message["kind"]:
-                case "started":
-                    self._agent = message["pid"]
-                case "ended":
-                    self._launcher_ended = True
-                    # If this process has had it killed, that is no news.
-                    if not (self._ranks.agent_ended or self._kill_sent):
-                        self._agent_status = message["status"]
-                case "refused":
-                    self._launcher_ended = True
-                    self._refusal = message["reason"]
-        if self._channel.closed and not self._launcher_ended:
-            # Killed: the kernel takes its place.
-            self._launcher_ended = self._launcher_died = True
-        if self._launcher_ended:
-            self._loop.unwatch(self._channel.sock)
-            self._ranks.see_deaths()
+            self.world.signal(state, signal.SIGTERM)
 
     # The end.
 
@@ -401,45 +327,15 @@ class Run:
             # After an interrupt nobody asks how, and torchrun may wait for what hangs.
             self._cause == "failed"
             and any(_nothing_is_known_of(state) for state in self._ranks.states.values())
-            and not (self._ranks.agent_ended or self._launcher_ended)
+            and not (self._ranks.agent_ended or self.world.launcher_ended)
             and time.monotonic() < deadline
         ):
-            self._loop.step(min(deadline, self._ranks.due))
+            self.world.loop.step(min(deadline, self._ranks.due))
             self._ranks.tick()
 
-    def _let_go(self) -> None:
-        """Tell the launcher that the run is over; see to it that all of it is gone, where that matters."""
-        if self._launcher_ended:
-            return
-        done = self._cause == "done"
-        if done:
-            self._wake()
-            with contextlib.suppress(OSError):
-                self._send("finish")
-        else:
-            self._send_kill()
-        # A launcher that is still importing will find the request taken back.
-        if self._agent is None or (done and not self._wait_until_gone and not self._leaves_processes(self._agent)):
-            return
-        deadline = time.monotonic() + _END_SECONDS
-        while not self._launcher_ended and time.monotonic() < deadline:
-            self._loop.step(min(deadline, self._ranks.due))
-            self._ranks.tick()
-
-    def _leaves_processes(self, agent: int) -> bool:
-        """Tell whether there are others than the ranks: if the launcher died now, these alone would outlive it."""
-        ranks = {state.pid for state in self._ranks.states.values()}
-        return any(_process.children_of(pid) - ranks for pid in (agent, *ranks))
-
-    def _send_kill(self) -> None:
-        self._wake()
-        self._kill_sent = True
-        with contextlib.suppress(OSError):
-            self._send("kill")
-
-    def _ending(self) -> Ending:
+    def _ending(self, stayed: bool) -> Ending:
         cause = self._cause
-        if cause in ("done", "failed") and len(self._ranks.states) < self._launch.ranks and not self._ranks.failed:
+        if cause in ("done", "failed") and not self.world.complete and not self._ranks.failed:
             cause = "no ranks"
         failed = self._ranks.failed
         first = failed[0] if failed else None
@@ -449,8 +345,9 @@ class Run:
             first,
             None,
             self._killed,
-            self._agent_status,
-            self._refusal,
+            stayed,
+            self.world.agent_status,
+            self.world.refusal,
             self._ranks.times,
         )
 

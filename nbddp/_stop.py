@@ -71,6 +71,20 @@ class Ladder:
         return cls([(now, Step.TERMINATE), (now + TERM_SECONDS, Step.KILL_RANKS), (now + EXIT_SECONDS, Step.KILL)])
 
     @classmethod
+    def of_failed_cell(cls, grace: float) -> Ladder:
+        """A rank has failed, and all are to stay: those that wait for it are torn away from that."""
+        now = time.monotonic() + SETTLE_SECONDS
+        steps = [(now, Step.INTERRUPT), (now + STACK_SECONDS, Step.BREAK_OFF), (now + grace, Step.TERMINATE)]
+        return cls([*steps, (now + grace + TERM_SECONDS, Step.KILL)])
+
+    @classmethod
+    def of_insistence(cls, grace: float) -> Ladder:
+        """The user has interrupted again, and the ranks' state would be lost with them."""
+        now = time.monotonic()
+        steps = [(now, Step.INTERRUPT), (now + STACK_SECONDS, Step.BREAK_OFF), (now + grace, Step.TERMINATE)]
+        return cls([*steps, (now + grace + TERM_SECONDS, Step.KILL)])
+
+    @classmethod
     def of_impatience(cls) -> Ladder:
         """The user has interrupted again, or no rank is there yet that could clean up."""
         return cls([(time.monotonic(), Step.KILL)])
@@ -129,6 +143,10 @@ class InterruptGate:
         self.presses += 1
         with contextlib.suppress(OSError):
             os.write(self._wake_write, b"i")
+
+    def press(self) -> None:
+        """Do what the user's key does; from any thread."""
+        self._press(signal.SIGINT, None)
 
     def drain(self) -> None:
         """Take note of the presses so far; `fileno` becomes readable at the next."""

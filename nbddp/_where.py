@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nbddp._paths import RunDir
-from nbddp._ranks import RankState, in_short, rank_list
+from nbddp._rank_state import RankState, in_short, rank_list
 from nbddp._script import Cell
 from nbddp._uplink import COLLECTIVES
 

@@ -1,0 +1,39 @@
+"""The runs that are under way in this process, for who asks from another thread."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from nbddp import _where
+from nbddp._paths import RunDir
+from nbddp._run import Run
+from nbddp._where import Sources
+
+# Seconds that ranks have to write their stacks; they need microseconds.
+_STACK_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class UnderWay:
+    """A run that is under way in this process; may be asked from any thread."""
+
+    run: Run
+    run_dir: RunDir
+    sources: Sources
+
+    def stacks(self) -> list[str]:
+        """Return where the ranks are at this moment, a line for each group that is at the same place."""
+        states = self.run.states
+        waited_for = [state for state in states.values() if not state.ended]
+        for state in waited_for:
+            self.run.world.take_stack(state)
+        deadline = time.monotonic() + _STACK_SECONDS
+        while waited_for and time.monotonic() < deadline:
+            time.sleep(0.01)
+            waited_for = [state for state in waited_for if not _where.has_answered(state, self.run_dir)]
+        return _where.lines_of(states, self.run_dir, self.sources)
+
+
+# Shown or not.
+running: list[UnderWay] = []

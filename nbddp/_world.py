@@ -1,0 +1,182 @@
+"""The processes of a run, seen from the notebook: how they are started, told, stopped, and let go.
+
+What becomes of a cell on them is `nbddp._run`'s to follow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from nbddp import _process, _wire
+from nbddp._agent import Launch
+from nbddp._loop import Loop
+from nbddp._paths import RunDir
+from nbddp._rank_state import RankState
+from nbddp._ranks import Ranks
+from nbddp._uplink import STACK_SIGNAL
+
+# Seconds to wait for the launcher's word that all is gone; it needs milliseconds.
+_END_SECONDS = 15.0
+
+
+class World:
+    """Ranks, the agent above them, and the channel to the launcher that started both.
+
+    Args:
+        launch: What the launcher is to start.
+        server: The socket, at `RunDir.socket`, on which the run's processes report. Closed with this.
+        channel: A channel to the launcher. Closed with this; without a word before it, that ends the processes.
+        wake: Called when the launcher is needed; somebody may have stopped it.
+
+    Attributes:
+        loop: Where all that concerns them is waited for.
+        ranks: What is known of the ranks.
+        launcher_ended: Whether nothing more is to be expected of the launcher: it has said that all is gone, or is.
+        launcher_died: Whether it is gone.
+        agent_status: The agent's exit status, if it ended without a word.
+        refusal: Why the launcher started nothing, if it said so.
+    """
+
+    def __init__(self, launch: Launch, server: socket.socket, channel: _wire.Inbox, wake: Callable[[], None]) -> None:
+        self.launch = launch
+        self._server = server
+        self._channel = channel
+        self._wake = wake
+        self.loop = Loop()
+        try:
+            self.ranks = Ranks(server, self.loop)
+            channel.sock.setblocking(False)
+            self.loop.watch(channel.sock, self._hear_launcher)
+        except OSError:
+            self.loop.close()
+            raise
+        self._agent: int | None = None
+        self._kill_sent = False
+        self._closing = threading.Lock()
+        self._closed = False
+        self.launcher_ended = False
+        self.launcher_died = False
+        self.agent_status: int | None = None
+        self.refusal: str | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether the launcher has started the agent."""
+        return self._agent is not None
+
+    @property
+    def complete(self) -> bool:
+        """Whether all ranks have connected."""
+        return len(self.ranks.states) == self.launch.ranks
+
+    def start(self) -> None:
+        """Have the launcher start the processes."""
+        self.ranks.times["asked"] = time.monotonic()
+        with contextlib.suppress(OSError):  # it has died just now; that will be heard
+            self._send("launch", **vars(self.launch))
+
+    def close(self) -> None:
+        """Close the connections; what still runs is the launcher's to end. Safe to call twice."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+            self.ranks.close()
+            self.loop.close()
+            self._channel.close()
+            self._server.close()
+
+    # What ranks are told.
+
+    def take_stack(self, state: RankState) -> None:
+        """Have a rank write the Python stack of its main thread to its file in the run directory; from any thread."""
+        path = RunDir.from_environment(self.launch.run_dir).stacks(state.rank)
+        with self._closing:
+            if self._closed or self.ranks.states.get(state.rank) is not state:
+                return  # asked from another thread: its descriptor is closed, or another file's
+            state.stack_at = os.stat(path).st_size if os.path.exists(path) else 0
+            _process.signal_main_thread(state.pid, state.pidfd, STACK_SIGNAL)
+
+    def interrupt(self, state: RankState) -> None:
+        """Have Python raise KeyboardInterrupt in a rank."""
+        state.interrupted = True
+        self.ranks.tell(state, "interrupted")
+        _process.signal_main_thread(state.pid, state.pidfd, signal.SIGINT)
+
+    def signal(self, state: RankState, signum: int) -> None:
+        """Send a rank a signal that ends it."""
+        state.stopped = True
+        _process.send_signal(state.pid, state.pidfd, signum)
+
+    # The launcher.
+
+    def _send(self, kind: str, **fields: Any) -> None:
+        self._channel.sock.setblocking(True)
+        try:
+            _wire.send(self._channel.sock, kind, **fields)
+        finally:
+            self._channel.sock.setblocking(False)
+
+    def _hear_launcher(self) -> None:
+        for message in self._channel.receive():
+            match message["kind"]:
+                case "started":
+                    self._agent = message["pid"]
+                case "ended":
+                    self.launcher_ended = True
+                    # If this process has had it killed, that is no news.
+                    if not (self.ranks.agent_ended or self._kill_sent):
+                        self.agent_status = message["status"]
+                case "refused":
+                    self.launcher_ended = True
+                    self.refusal = message["reason"]
+        if self._channel.closed and not self.launcher_ended:
+            # Killed: the kernel takes its place.
+            self.launcher_ended = self.launcher_died = True
+        if self.launcher_ended:
+            self.loop.unwatch(self._channel.sock)
+            self.ranks.see_deaths()
+
+    # The end.
+
+    def let_go(self, *, done: bool, wait: bool) -> None:
+        """Tell the launcher that the run is over; see to it that all of it is gone, where that matters.
+
+        Args:
+            done: Whether the ranks end by themselves; else they are killed.
+            wait: Whether to wait in any case. If ranks were killed or leave processes of their own, it is waited for.
+        """
+        if self.launcher_ended:
+            return
+        if done:
+            self._wake()
+            with contextlib.suppress(OSError):
+                self._send("finish")
+        else:
+            self.kill()
+        # A launcher that is still importing will find the request taken back.
+        if self._agent is None or (done and not wait and not self._leaves_processes(self._agent)):
+            return
+        deadline = time.monotonic() + _END_SECONDS
+        while not self.launcher_ended and time.monotonic() < deadline:
+            self.loop.step(min(deadline, self.ranks.due))
+            self.ranks.tick()
+
+    def kill(self) -> None:
+        """Have the launcher kill all that the run has started."""
+        self._wake()
+        self._kill_sent = True
+        with contextlib.suppress(OSError):
+            self._send("kill")
+
+    def _leaves_processes(self, agent: int) -> bool:
+        """Tell whether there are others than the ranks: if the launcher died now, these alone would outlive it."""
+        ranks = {state.pid for state in self.ranks.states.values()}
+        return any(_process.children_of(pid) - ranks for pid in (agent, *ranks))
