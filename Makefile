@@ -5,7 +5,10 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
-.PHONY: demo test check browser bench notebooks clean
+# The tests of what differs from one IPython and ipykernel to the next.
+SHELL_TESTS = $(patsubst %,tests/test_%.py,cell errors frontends interrupt launch lifecycle options output panel rank results script stacks)
+
+.PHONY: demo test long check browser bench notebooks clean
 
 demo: .venv/demo
 	.venv/bin/python -m nbddp notebooks/01_quickstart.ipynb
@@ -13,8 +16,12 @@ demo: .venv/demo
 test: .venv/test .venv/oldest/made check browser
 	.venv/bin/python -m pytest
 	NBDDP_PLAIN=1 .venv/bin/python -m pytest --nbval notebooks
-	# Once more, on the oldest IPython; its warnings are of its own time.
-	.venv/oldest/bin/python -m pytest -p no:nbval -W default -m "not slow" --deselect tests/test_readme.py --ignore tests/test_lab.py
+	# What IPython has a part in, once more on the oldest; its warnings are of its own time.
+	.venv/oldest/bin/python -m pytest -p no:nbval -W default -m "not slow" $(SHELL_TESTS)
+
+# A thousand cells in one kernel, which takes some minutes; `make test` has three hundred.
+long: .venv/test
+	NBDDP_CELLS=1000 .venv/bin/python -m pytest tests/test_endurance.py
 
 check: .venv/test
 	.venv/bin/ruff check .

@@ -12,7 +12,7 @@ import pickle
 import sys
 import time
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,13 @@ class Captured:
 
 
 def capture(
-    names: Mapping[str, Any], namespace: dict[str, Any], lines: Mapping[str, Sequence[int]], place: str = "the cell"
+    names: Mapping[str, Any],
+    namespace: dict[str, Any],
+    lines: Mapping[str, Sequence[int]],
+    place: str = "the cell",
+    *,
+    known: Sequence[Any] = (),
+    held: Collection[str] = (),
 ) -> Snapshot:
     """Return a snapshot of `names`.
 
@@ -46,12 +52,14 @@ def capture(
         namespace: The notebook's whole namespace.
         lines: For each name, the lines of the cell that use it.
         place: What the ranks run, for messages.
+        known: Classes and functions that the ranks have got before, and get as references.
+        held: Names that the ranks have, and of which functions need bring no value.
 
     Raises:
         CaptureError: A value cannot be pickled; names the part at fault.
     """
     try:
-        return Pickler(namespace).snapshot(names)
+        return Pickler(namespace, dict(enumerate(known)), held).snapshot(names)
     except Exception as error:
         for name, value in names.items():
             culprit = _failure(value, namespace)

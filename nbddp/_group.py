@@ -6,7 +6,9 @@ the ranks tell each other. There is a store on MASTER_PORT only once somebody co
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import os
 from typing import Any
 
@@ -52,19 +54,22 @@ def own_device(gpus: bool, *, forked: bool) -> torch.device:
     return device
 
 
-def init(backend: str | None, device: torch.device, run_dir: RunDir | None) -> None:
+def init(backend: str | None, device: torch.device, run_dir: RunDir | None, place: int | None = None) -> None:
     """Initialise the default process group.
 
     Args:
         backend: Its backend; None for the one that suits the device.
         device: The rank's own.
         run_dir: The run's files, in which the ranks meet; None to meet as torchrun's environment says.
+        place: The number of the meeting place; that of torchrun's attempt by default.
     """
     global _ours, _store
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if run_dir is not None:
-        store: Any = dist.FileStore(run_dir.meeting_place(int(os.environ["TORCHELASTIC_RESTART_COUNT"])), world_size)
+        if place is None:
+            place = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+        store: Any = dist.FileStore(run_dir.meeting_place(place), world_size)
         store.set_timeout(distributed_c10d.default_pg_timeout)
     else:
         store, rank, world_size = next(dist.rendezvous("env://"))
@@ -125,3 +130,41 @@ def destroy() -> None:
     _ours = None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def backend() -> str:
+    """Return the backend of the default group; an empty string if there is none."""
+    return str(dist.get_backend()) if dist.is_available() and dist.is_initialized() else ""
+
+
+def make_anew(backend: str, device: str, run_dir: RunDir, place: int) -> None:
+    """Make the default group anew, and DDP modules on it; other groups are gone.
+
+    Args:
+        backend: Its backend.
+        device: The name of the rank's own device.
+        run_dir: The run's files, in which the ranks meet.
+        place: The number of the meeting place.
+    """
+    wrappers = _wrappers_on_default_group()
+    if dist.is_initialized():
+        abort = getattr(distributed_c10d, "_abort_process_group", None)
+        if "nccl" in dist.get_backend() and abort is not None:
+            # To destroy one would wait for what is still queued on the device.
+            abort()
+        else:
+            dist.destroy_process_group()
+    init(backend, torch.device(device), run_dir, place)
+    for wrapper, state in wrappers:
+        # As when it is unpickled: with new buckets and hooks, on the default group.
+        wrapper.__setstate__(state)
+
+
+def _wrappers_on_default_group() -> list[tuple[Any, Any]]:
+    """Return the DDP modules that there are on the default group, each with its state."""
+    found = []
+    for obj in gc.get_objects():
+        if type(obj) is torch.nn.parallel.DistributedDataParallel:
+            with contextlib.suppress(RuntimeError):  # one on a group of its own, which is lost
+                found.append((obj, obj.__getstate__()))
+    return found

@@ -12,18 +12,21 @@ results. The directory of the run is gone when this returns, whichever way it do
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import secrets
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbddp import _client, _closure, _devices, _limits, _plots, _process, _results, _settings, _wire
+from nbddp import _client, _closure, _devices, _kept, _limits, _plots, _process, _results, _settings, _wire
 from nbddp._agent import Launch, torchrun_options
 from nbddp._errors import LaunchError, NbddpError, RunLostError
 from nbddp._memory import Meter
+from nbddp._names import GIVEN_NAMES
 from nbddp._options import Options
 from nbddp._paths import RunDir, cannot_write, format_size
 from nbddp._relay import Relay, View
@@ -37,9 +40,6 @@ from nbddp._snapshot import Snapshot
 from nbddp._stop import GRACE_SECONDS, InterruptGate
 from nbddp._where import Sources
 from nbddp._world import World
-
-# What nbddp defines in the ranks where the notebook has no such name.
-GIVEN_NAMES = ("rank", "local_rank", "world_size", "device")
 
 MimeBundle = tuple[dict[str, Any], dict[str, Any]]
 
@@ -63,6 +63,9 @@ class Job:
         place: What messages call the code.
         own: Whether it is nbddp's own and not the user's, whose last logs then stay.
         view: How much of the output is shown, and how.
+        push: Names that kept ranks get also where they have their own.
+        idle: Seconds without a cell after which kept ranks end; 0 for never.
+        last: Whether kept ranks are to end, in place of a cell.
     """
 
     cell: Cell
@@ -79,6 +82,9 @@ class Job:
     place: str = "the cell"
     own: bool = False
     view: View = field(default_factory=View)
+    push: Sequence[str] = ()
+    idle: float = _kept.IDLE_SECONDS
+    last: bool = False
 
 
 @dataclass
@@ -106,7 +112,11 @@ def perform(job: Job, client: _client.Client, screen: Screen) -> Finished:
     _limits.check_files(0)
     try:
         with InterruptGate() as gate:
-            return prepare(job, client, screen, gate).run(gate)
+            if not job.options.keep:
+                return prepare(job, client, screen, gate).run(gate)
+            idle = job.idle if job.options.idle is None else job.options.idle
+            with _kept.borrowed(idle, screen) as kept:
+                return prepare(job, client, screen, gate, kept).run(gate)
     except NbddpError:
         raise  # it may be an OSError as well: what a rank has raised
     except OSError as error:
@@ -140,8 +150,17 @@ class _LauncherDied(Exception):  # noqa: N818  # control flow
     """The launcher ended before it started the run."""
 
 
-def prepare(job: Job, client: _client.Client, screen: Screen, gate: InterruptGate) -> Prepared:
+def prepare(
+    job: Job, client: _client.Client, screen: Screen, gate: InterruptGate, kept: _kept.Kept | None = None
+) -> Prepared:
     """Do all that concerns the notebook's own variables: afterwards these may change.
+
+    Args:
+        job: The job.
+        client: The kernel's end of the launcher.
+        screen: Where output is shown.
+        gate: Tells of interrupts.
+        kept: The kept ranks that it is for, or will be.
 
     Raises:
         NbddpError: The job cannot be run.
@@ -153,14 +172,26 @@ def prepare(job: Job, client: _client.Client, screen: Screen, gate: InterruptGat
     # First, so that it imports while this process pickles.
     if changed := client.start(env):
         said(f"nbddp: {', '.join(changed)} changed, which torch reads when it loads; loading it anew")
-    names = {**job.names, **_plots.settings()}
+    if kept is not None:
+        kept.check(job.options)
+    names = _names_to_send(job, kept, said)
     with _interruptible(gate, f"what {job.place} uses was pickled; nothing was launched"):
-        closure = _closure.capture(names, job.namespace, job.lines, job.place)
+        closure = _closure.capture(
+            names,
+            job.namespace,
+            job.lines,
+            job.place,
+            known=kept.definitions if kept is not None else (),
+            held=kept.held_by_all() - frozenset(job.push) if kept is not None else (),
+        )
     times["captured"] = time.monotonic()
-    devices = _devices.choose(job.options, env, lambda: client.count_gpus(env, gate))
+    if kept is not None and kept.devices is not None:
+        devices = kept.devices
+    else:
+        devices = _devices.choose(job.options, env, lambda: client.count_gpus(env, gate))
+        if devices.note:
+            said(devices.note)
     _check_numbers(job, devices, lambda: client.count_gpus(os.environ, gate))
-    if devices.note:
-        said(devices.note)
     if job.large is not None and closure.nbytes > job.large:
         said(_closure.size_line(names, closure))
     if hidden := _hidden_names(job, devices):
@@ -171,16 +202,24 @@ def prepare(job: Job, client: _client.Client, screen: Screen, gate: InterruptGat
     if (path := job.options.keep_script) is not None:
         _export(script, path)
         said(f"nbddp: kept as {path}: torchrun --nproc-per-node {devices.ranks} {path}")
-    run_dir = client.session.new_run()
-    try:
-        with _interruptible(gate, "the script was written; nothing was launched"):
-            _write(script, run_dir)
-    except BaseException:
-        client.session.end_run(run_dir)
-        raise
+    prepared = Prepared(job, client, screen, devices, kept, names, closure.met, times, said)
+    with _interruptible(gate, "the script was written; nothing was launched"):
+        prepared.write(script)
     # It lies in the run directory now; copies that it may hold are not to wait for the end of the run.
     closure.release()
-    return Prepared(job, client, screen, devices, run_dir, closure.met, times, said)
+    return prepared
+
+
+def _names_to_send(job: Job, kept: _kept.Kept | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return what the cell uses of the notebook; but for what kept ranks hold."""
+    names = dict(job.names)
+    if kept is not None:
+        if newer := [name for name in kept.newer(names) if name not in job.push]:
+            listed = ", ".join(newer)
+            say(f"nbddp: the ranks go on with their own {listed}; %ddp push {' '.join(newer)} sends the notebook's new")
+        held = kept.held_by_all() - frozenset(job.push)
+        names = {name: value for name, value in names.items() if name not in held}
+    return names | _plots.settings()
 
 
 class _Said:
@@ -226,8 +265,10 @@ class Prepared:
         client: The kernel's end of the launcher.
         screen: Where output is shown.
         devices: What it runs on.
+        kept: The kept ranks that it is for.
+        names: What is sent.
+        met: The classes and functions that go along by value.
         run_dir: Its files.
-        sent: The objects that go to the ranks.
         times: When each stage was complete.
         say: Shows a line of nbddp's own.
     """
@@ -236,10 +277,50 @@ class Prepared:
     client: _client.Client
     screen: Screen
     devices: _devices.Devices
-    run_dir: RunDir
-    sent: Sequence[Any]
+    kept: _kept.Kept | None
+    names: Mapping[str, Any]
+    met: Sequence[Any]
     times: dict[str, float]
     say: _Said
+    run_dir: RunDir = field(init=False)
+
+    @property
+    def sent(self) -> Sequence[Any]:
+        """The classes and functions that the ranks have got, by number."""
+        return self.met if self.kept is None else [*self.kept.definitions, *self.met]
+
+    def write(self, script: Script) -> None:
+        """Write the script and what it needs into the run's directory, or get it ready for kept ranks.
+
+        Raises:
+            LaunchError: It cannot be written.
+        """
+        kept, session = self.kept, self.client.session
+        if kept is not None and kept.run_dir is not None:
+            self.run_dir = kept.run_dir
+            kept.prepare(script.cell, self._arguments(script), script.closure, self.job.options.on, self.job.push)
+            return
+        self.run_dir = session.new_run()
+        try:
+            if kept is not None:
+                kept.run_dir, kept.devices, kept.options = self.run_dir, self.devices, self.job.options
+                kept.prepare(script.cell, self._arguments(script), script.closure, self.job.options.on, self.job.push)
+                script = script.without_cell(_closure.capture({}, {}, {}))
+            _write(script, self.run_dir)
+        except BaseException:
+            session.end_run(self.run_dir)
+            raise
+
+    def _arguments(self, script: Script) -> dict[str, Any]:
+        """Return what kept ranks need to know to run the cell."""
+        return {
+            "cells": {name: number for name, (_, number) in script.sources.items()},
+            "sources": script.sources,
+            "colors": script.setup.colors,
+            "out": script.setup.out,
+            "gather": script.setup.gather,
+            "first": self.job.wanted.first,
+        }
 
     def run(self, gate: InterruptGate) -> Finished:
         """Run it to its end; its directory is gone then.
@@ -251,14 +332,17 @@ class Prepared:
         try:
             ending = self._run(gate)
             with _interruptible(gate, "the results were loaded; nothing was assigned"):
-                reports = {rank: state.outcome or {} for rank, state in ending.ranks.items()}
+                reports = {rank: state.outcome or {} for rank, state in ending.ranks.items() if not state.spared}
                 results = _results.read(self.job.wanted, reports, self.sent)
-            for wrapper in dict.fromkeys((ending.ranks[0].outcome or {}).get("unwrapped", ())):
+            for wrapper in dict.fromkeys(reports[min(reports)].get("unwrapped", ())):
                 self.say(f"nbddp: {wrapper} was unwrapped: its .module came back")
             times = self.times | ending.times | {"results loaded": time.monotonic()}
             return Finished(results, ending.value, times)
         finally:
-            self.client.session.end_run(self.run_dir)
+            if self.kept is None or self.kept.world is None:
+                self.client.session.end_run(self.run_dir)
+            else:
+                self.run_dir.clear_cell()
 
     def _run(self, gate: InterruptGate) -> Ending:
         """Run the script on the ranks; again, if nothing of it has run and there is another way."""
@@ -279,23 +363,28 @@ class Prepared:
             self.run_dir.renew()
 
     def _attempt(self, gate: InterruptGate, start_method: str) -> Ending:
+        kept = self.kept
+        if kept is not None and kept.world is not None:
+            with contextlib.ExitStack() as stack:
+                return self._follow(kept.world, self._relay(kept.secret, stack), gate)
         secret = secrets.token_hex(8)
-        run_dir, ranks = self.run_dir, self.devices.ranks
         launch = self._what_to_launch(secret, start_method)
-        _limits.check_files(ranks)
-        _limits.check_processes(ranks)
+        _limits.check_files(self.devices.ranks)
+        _limits.check_processes(self.devices.ranks)
         with contextlib.ExitStack() as stack:
             try:
-                server = stack.enter_context(_wire.listen(run_dir.socket))
+                server = stack.enter_context(contextlib.ExitStack())
+                listening = server.enter_context(_wire.listen(self.run_dir.socket))
                 relay = self._relay(secret, stack)
             except OSError as error:
-                raise cannot_write("prepare a run", run_dir.socket, error) from error
-            channel = self.client.open_channel(launch.env)
-            stack.callback(channel.close)
-            world = World(launch, server, channel, self.client.wake)
-            stack.callback(world.close)
-            run = self._follower(world, relay, gate)
-            return self._follow(run, relay, gate)
+                raise cannot_write("prepare a run", self.run_dir.socket, error) from error
+            world = World(launch, listening, self.client.open_channel(launch.env), self.client.wake)
+            server.pop_all()
+            if kept is None:
+                stack.callback(world.close)
+            else:
+                kept.open(world, secret)
+            return self._follow(world, relay, gate)
 
     def _relay(self, secret: str, stack: contextlib.ExitStack) -> Relay:
         """Return what shows the ranks' output; the stack closes it and puts the logs away."""
@@ -309,30 +398,30 @@ class Prepared:
         stack.callback(relay.close)
         return relay
 
-    def _follower(self, world: World, relay: Relay, gate: InterruptGate) -> Run:
-        return Run(
-            world,
-            relay,
-            None if self.job.view.plain or not self.screen.in_place else self.screen,
-            Meter(_devices.gpus_of(self.devices, world.launch.env)),
-            gate,
-            begin=world.start,
-            timeout=self.job.options.timeout,
-            grace=self.job.grace,
-            wait_until_gone=self.devices.gpus,
-        )
-
-    def _follow(self, run: Run, relay: Relay, gate: InterruptGate) -> Ending:
-        """See a run to its end.
+    def _follow(self, world: World, relay: Relay, gate: InterruptGate) -> Ending:
+        """See the run to its end.
 
         Raises:
             NbddpError: It did not end well.
             KeyboardInterrupt: The user stopped it.
         """
+        kept = self.kept
+        begin = world.start if kept is None else kept.leave if self.job.last else functools.partial(kept.begin, relay)
+        run = Run(
+            world,
+            relay,
+            None if self.job.view.plain or not self.screen.in_place else self.screen,
+            Meter(_devices.gpus_of(self.devices, world.launch.env)),
+            gate,
+            begin=begin,
+            stay=kept is not None and not self.job.last,
+            timeout=self.job.options.timeout,
+            grace=self.job.grace,
+            wait_until_gone=self.devices.gpus or self.job.last,
+        )
         oom_kills = _process.oom_kills()
         under_way = UnderWay(run, self.run_dir, self._sources())
         running.append(under_way)
-        world = run.world
         try:
             ending = run.wait()
         except OSError as error:
@@ -341,13 +430,20 @@ class Prepared:
             raise RunLostError(_limits.no_more_files("the run cannot be followed any more")) from error
         finally:
             running.remove(under_way)
+            if kept is not None and sys.exc_info()[0] is not None:
+                kept.close()
+        failure = None
+        if ending.cause != "done":
+            said = {output.rank: output.recent for output in relay.outputs}
+            failure = self._error(ending, run, gate, _process.oom_kills() - oom_kills, said)
+        if kept is not None and (line := kept.settle(ending, self.names, self.met, gate)) is not None:
+            self.say(line)
         if world.launcher_died:
             self.client.give_up_launcher()
             if not world.started and ending.cause != "interrupted":
                 raise _LauncherDied
-        if ending.cause != "done":
-            said = {output.rank: output.recent for output in relay.outputs}
-            raise self._error(ending, run, gate, _process.oom_kills() - oom_kills, said)
+        if failure is not None:
+            raise failure
         return ending
 
     def _sources(self) -> Sources:

@@ -6,6 +6,7 @@ what comes back into the notebook's namespace.
 
 from __future__ import annotations
 
+import argparse
 import ast
 import contextlib
 import linecache
@@ -22,7 +23,7 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_cell_magic, magics_class
 from traitlets import Bool, Float, Int
 
-from nbddp import _closure, _doctor, _job, _logs, _names, _running, _settings
+from nbddp import _closure, _doctor, _job, _kept, _logs, _names, _running, _settings
 from nbddp._errors import LaunchError, NbddpError, RankError, ResultError
 from nbddp._function import client
 from nbddp._options import HelpAsked, OptionError, Options, help_text, option_names, parse
@@ -83,6 +84,9 @@ def _cell_number(shell: Any) -> int:
 class DDPMagics(Magics):
     """The magics; settings as in ``%config DDPMagics.grace = 10``."""
 
+    idle = Float(_kept.IDLE_SECONDS, min=0, help="Seconds without a cell after which kept ranks end; 0: never.").tag(
+        config=True
+    )
     large = Float(
         1e9, min=0, allow_none=True, help="Bytes above which a line says how much a cell sends; None: never."
     ).tag(config=True)
@@ -98,6 +102,14 @@ class DDPMagics(Magics):
         # The docstring is the help text; see below.
         if cell is None:
             return self._line(line)
+        # What the cell consists of is not to be sent once more.
+        auto, self._auto_options = self._auto_options, None
+        try:
+            return self._run_cell(line, cell)
+        finally:
+            self._auto_options = self._auto_options or auto
+
+    def _run_cell(self, line: str, cell: str) -> CellValue | None:
         try:
             options = parse(line)
         except HelpAsked as asked:
@@ -111,6 +123,8 @@ class DDPMagics(Magics):
             sys.stdout.write(_job.dry_run(job, client) + "\n")
             return None
         self._left_over = {}
+        if options.auto:
+            sys.stdout.write("nbddp: this cell runs on the kept ranks, not in the notebook (%ddp auto off)\n")
         try:
             finished = _job.perform(job, client, screen_of(self.shell))
         except ResultError as error:
@@ -138,13 +152,15 @@ class DDPMagics(Magics):
         """
         shell = self.shell
         transformed = shell.transform_cell(source)
-        header = f"%%ddp {line}\n"
+        # A cell that was sent by %ddp auto has no such line.
+        header = "" if options.auto else f"%%ddp {line}\n"
         # The notebook's own name for the cell's code: in tracebacks, and for what comes back from it.
         number = _cell_number(shell)
         filename = shell.compile.cache(header + transformed, number, raw_code=header + source)
         # A comment takes the place of the magic line, so that lines are numbered as the notebook numbers them.
         try:
-            tree = compile(f"#\n{transformed}", filename, "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+            comment = "#\n" if header else ""
+            tree = compile(comment + transformed, filename, "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
             compile(tree, filename, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
         except SyntaxError as error:
             raise _CellSyntaxError.of(error, number) from None
@@ -170,8 +186,9 @@ class DDPMagics(Magics):
             colors=str(shell.colors),
             grace=self.grace,
             large=self.large,
+            idle=self.idle,
             view=View(
-                options.ranks,
+                options.ranks if options.on is None or options.ranks is not None else options.on,
                 plain=options.plain or self.plain or _settings.plain({**os.environ, **options.env}),
                 text_limit=self.output,
                 display_limit=self.displays,
@@ -215,6 +232,14 @@ class DDPMagics(Magics):
                     raise UsageError(str(error)) from None
             case ["status"]:
                 sys.stdout.write(_status() + "\n")
+            case ["push", *names]:
+                self._push(names)
+            case ["pull", *asked]:
+                self._pull(asked)
+            case ["stop"]:
+                self._stop()
+            case ["auto", *asked]:
+                self._auto(asked)
             case ["stacks"]:
                 sys.stdout.write(_stacks() + "\n")
             case ["results"]:
@@ -227,10 +252,101 @@ class DDPMagics(Magics):
                 sys.stdout.write("\n".join(self._explain(names)) + "\n")
             case _:
                 raise UsageError(
-                    f"%ddp {line}: there are only %ddp log, status, stacks, results, explain and doctor (%ddp -h); "
+                    f"%ddp {line}: there are only %ddp log, status, stacks, results, explain, doctor, push, pull, stop "
+                    "and auto (%ddp -h); "
                     "a cell that runs on ranks begins with %%ddp"
                 )
         return None
+
+    # Kept ranks.
+
+    def _perform_kept(self, words: str, names: Mapping[str, Any], wanted: Wanted | None = None, **more: Any) -> None:
+        """Have the kept ranks do something between two cells, and take what comes back.
+
+        Args:
+            words: What the user has typed, for messages.
+            names: What is sent.
+            wanted: What is to come back.
+            more: Fields of `Options`, and `push` or `last`.
+        """
+        if _kept.current() is None:
+            raise LaunchError(f"{words}: no ranks are kept. A cell with %%ddp --keep starts them")
+        shell = self.shell
+        job = _job.Job(
+            cell=Cell("", f"<{words}>", 0),
+            names=names,
+            namespace=shell.user_ns,
+            options=Options(keep=True, on=more.get("on")),
+            wanted=wanted or Wanted(),
+            source_of=source_of(shell),
+            grace=self.grace,
+            large=self.large,
+            place=words,
+            own=not more.get("last"),
+            view=View(plain=self.plain or _settings.plain(os.environ)),
+            push=more.get("push", ()),
+            idle=self.idle,
+            last=more.get("last", False),
+        )
+        shell.user_ns.update(_job.perform(job, client, screen_of(shell)).results)
+
+    def _push(self, names: Sequence[str]) -> None:
+        space = self.shell.user_ns
+        if not names:
+            raise UsageError("%ddp push NAME ...: which of the notebook's variables are the kept ranks to get?")
+        if missing := [name for name in names if name not in space]:
+            raise UsageError(f"%ddp push: the notebook has no variable {', '.join(missing)}")
+        self._perform_kept(f"%ddp push {' '.join(names)}", {name: space[name] for name in names}, push=names)
+
+    def _pull(self, asked: Sequence[str]) -> None:
+        words = f"%ddp pull {' '.join(asked)}"
+        names, rank = _names_and_rank(asked)
+        if (kept := _kept.current()) is not None:
+            if rank not in kept.states:
+                raise UsageError(f"{words}: the kept ranks are {', '.join(map(str, kept.states))}")
+            held = kept.states[rank].held
+            if lacking := [name for name in names if name not in held and not name.startswith("_")]:
+                others = kept.holders().get(lacking[0], [])
+                hint = f"; --rank {others[0]} has it" if others else ""
+                there = ", ".join(sorted(held)) or "nothing"
+                raise LaunchError(f"{words}: rank {rank} holds no {', '.join(lacking)}{hint}. It holds {there}")
+        self._perform_kept(words, {}, Wanted(tuple(names), asked=words, first=rank), on=(rank,))
+
+    def _stop(self) -> None:
+        if _kept.current() is None:
+            sys.stdout.write("nbddp: no ranks are kept\n")
+            return
+        self._perform_kept("%ddp stop", {}, last=True)
+        sys.stdout.write("nbddp: the kept ranks have ended\n")
+
+    # The options of the cells that go to the kept ranks; None if they run in the notebook.
+    _auto_options: str | None = None
+
+    def _auto(self, asked: Sequence[str]) -> None:
+        match asked:
+            case ["off"]:
+                self._auto_options = None
+                sys.stdout.write("nbddp: cells run in the notebook again\n")
+            case ["on", *options]:
+                line = shlex.join(["--keep", *options])
+                try:
+                    parse(line)
+                except OptionError as error:
+                    raise UsageError(f"%ddp auto on: {error}") from None
+                if not options and _kept.current() is None:
+                    raise UsageError("%ddp auto on: no ranks are kept; say how many, as in %ddp auto on --gpus 2")
+                self._auto_options = line
+                sys.stdout.write("nbddp: from now on cells run on the kept ranks, until %ddp auto off\n")
+            case _:
+                raise UsageError("%ddp auto on [OPTIONS] or %ddp auto off")
+
+    def send_to_ranks(self, lines: list[str]) -> list[str]:
+        """Make a ``%%ddp --keep`` cell of a cell, while ``%ddp auto`` is on; what is a magic's stays its own."""
+        text = "".join(lines).lstrip()
+        magic = text.startswith(("%%", "?", "!")) or any(line.startswith("%ddp") for line in lines)
+        if self._auto_options is None or not text or magic:
+            return lines
+        return [f"%%ddp {self._auto_options} --auto\n", *lines]
 
     def _explain(self, names: Sequence[str]) -> list[str]:
         """Return lines on what the last cell, or these names, would send."""
@@ -246,11 +362,26 @@ class DDPMagics(Magics):
         return [f"%%ddp {line}".rstrip(), *_closure.explain(job.names, job.namespace, job.lines)]
 
 
+def _names_and_rank(asked: Sequence[str]) -> tuple[list[str], int]:
+    """Return the names behind ``%ddp pull``, and the rank that they are to come from."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("names", nargs="+")
+    parser.add_argument("--rank", type=int, default=0)
+    try:
+        given, unknown = parser.parse_known_args(list(asked))
+    except (argparse.ArgumentError, SystemExit):
+        given, unknown = None, list(asked)
+    if given is None or unknown:
+        raise UsageError(f"%ddp pull {' '.join(asked)}: it is %ddp pull NAME ... [--rank K]")
+    return [name for word in given.names for name in word.split(",") if name], given.rank
+
+
 def _status() -> str:
-    """Return what is known of the runs that are under way."""
+    """Return what is known of the runs that are under way, and of the ranks that are kept."""
     panels = [one.run.panel for one in _running.running]
+    kept = _kept.current()
     if not panels:
-        return _NOTHING
+        return "\n".join(_kept.status(kept)) if kept is not None else _NOTHING
     for panel in panels:
         panel.look()
     # The answers come to the thread of the run.
@@ -284,7 +415,12 @@ LINE_HELP = """\
                  what rank K printed, all of it or its last N lines; without --rank, of every rank
 %ddp log --save PATH
                  copy the logs into a folder, or with --rank to a file
-%ddp status      what runs now, rank by rank: from another thread or a subshell while a cell runs
+%ddp status      what runs now, rank by rank: from another thread or a subshell while a cell runs; what kept ranks hold
+%ddp push A B    give the ranks that are kept the notebook's A and B, also where they have their own
+%ddp pull A B --rank K
+                 bring A and B back from the kept rank K (default: 0)
+%ddp stop        end the ranks that are kept
+%ddp auto on     run every cell that follows on the kept ranks, until %ddp auto off
 %ddp stacks      where each rank is at this moment, likewise; an interrupt and --timeout say it, too
 %ddp explain     what the last %%ddp cell takes from the notebook: types, sizes, by value or by reference
 %ddp explain A B the same for variables
@@ -347,8 +483,10 @@ def load(shell: Any) -> None:
     """
     if sys.platform == "win32":
         raise LaunchError("nbddp needs Linux or macOS; on Windows, use it inside WSL")
-    shell.register_magics(DDPMagics)
+    magics = DDPMagics(shell)
+    shell.register_magics(magics)
     shell.input_transformers_cleanup.insert(0, _keep_empty_body)
+    shell.input_transformers_cleanup.append(magics.send_to_ranks)
     shell.set_hook("complete_command", _complete, str_key="%%ddp")
     with contextlib.suppress(NbddpError):  # a full disk must not fail the import cell; the first run will say it
         client.start()
@@ -362,8 +500,11 @@ def unload(shell: Any) -> None:
     magics = manager.registry.pop(DDPMagics.__name__, None)
     if magics is not None and magics in shell.configurables:
         shell.configurables.remove(magics)
-    with contextlib.suppress(ValueError):
-        shell.input_transformers_cleanup.remove(_keep_empty_body)
+    transformers = shell.input_transformers_cleanup
+    for ours in (_keep_empty_body, getattr(magics, "send_to_ranks", None)):
+        with contextlib.suppress(ValueError):
+            transformers.remove(ours)
+    _kept.drop()
     # IPython has no call that takes a hook away again.
     shell.strdispatchers["complete_command"].strs.pop("%%ddp", None)
     client.close()

@@ -17,6 +17,9 @@ from collections.abc import Callable, Iterable, Iterator
 _LOADS = frozenset({"LOAD_NAME", "LOAD_GLOBAL", "LOAD_FROM_DICT_OR_GLOBALS", "DELETE_NAME", "DELETE_GLOBAL"})
 _STORES = frozenset({"STORE_NAME", "STORE_GLOBAL"})
 
+# What nbddp defines in the ranks where the notebook has no such name.
+GIVEN_NAMES = ("rank", "local_rank", "world_size", "device")
+
 # What every module has of its own: not the notebook's to give.
 MODULES_OWN = frozenset(
     {"__annotations__", "__builtin__", "__builtins__", "__cached__", "__doc__", "__file__", "__loader__", "__name__"}

@@ -41,6 +41,10 @@ class Options:
         dry_run: Whether to show what would be launched, and launch nothing.
         ranks: The ranks whose output is shown; None for all. The logs keep everyone's.
         plain: Whether output is to be the same at every run: rank after rank, without colours and panel.
+        keep: Whether the ranks stay, and the next cell that is given this goes on in them.
+        on: The kept ranks that the cell runs on; None for all.
+        idle: Seconds without a cell after which kept ranks end; 0 for never, None for the default.
+        auto: Whether ``%ddp auto`` has sent the cell here.
     """
 
     gpus: int | None = None
@@ -58,6 +62,10 @@ class Options:
     dry_run: bool = False
     ranks: tuple[int, ...] | None = None
     plain: bool = False
+    keep: bool = False
+    on: tuple[int, ...] | None = None
+    idle: float | None = None
+    auto: bool = False
 
     def __post_init__(self) -> None:
         """Check what can be checked without looking at the machine.
@@ -79,6 +87,19 @@ class Options:
         if self.ranks is not None and (not self.ranks or min(self.ranks) < 0):
             listed = ",".join(map(str, self.ranks)) or "''"
             raise OptionError(f"--ranks {listed}: ranks are numbered from 0, as in --ranks 0 or --ranks 0,2; or all")
+        if self.on is not None and (not self.on or min(self.on) < 0):
+            raise OptionError(
+                f"--on {','.join(map(str, self.on)) or repr('')}: ranks are numbered from 0, as in --on 0,2"
+            )
+        for option, given in (("--on", self.on), ("--idle", self.idle)):
+            if given is not None and not self.keep:
+                raise OptionError(f"{option} is for kept ranks: give --keep as well")
+        if self.idle is not None and not 0 <= self.idle < float("inf"):
+            raise OptionError(f"--idle {self.idle:g}: a number of seconds; 0 keeps the ranks until %ddp stop")
+        if self.keep:
+            for option, contradicts in (("--max-restarts", self.max_restarts), ("--keep-script", self.keep_script)):
+                if contradicts:
+                    raise OptionError(f"--keep and {option} do not go together: kept ranks are not one script's run")
         if self.timeout is not None and not 0 < self.timeout < float("inf"):
             raise OptionError(f"--timeout {self.timeout:g}: a number of seconds above 0")
         if self.max_restarts < 0:
@@ -234,6 +255,10 @@ def _make_parser() -> _Parser:
     add("--plain", action="store_true", help="show rank after rank, without colours and panel: the same at every run")
     add("--no-init", dest="init", action="store_false", help="leave init_process_group to the cell")
     add("--max-restarts", type=_number, default=0, metavar="N", help="let torchrun restart all ranks up to N times")
+    add("--keep", action="store_true", help="let the ranks stay, and go on in those that a cell before has kept")
+    add("--on", type=_numbers, metavar="K,K,...", help="with --keep: run on these of the kept ranks")
+    add("--idle", type=_seconds, metavar="SECONDS", help="with --keep: end ranks that get no cell for so long")
+    add("--auto", action="store_true", help=argparse.SUPPRESS)
     add("--keep-script", metavar="PATH", help="leave the generated script at PATH; plain torchrun runs it")
     add("--dry-run", action="store_true", help="print the torchrun command and what would be sent; launch nothing")
     add("-h", "--help", nargs=0, action=_Help, default=argparse.SUPPRESS, help="show this")
@@ -276,4 +301,5 @@ def help_text() -> str:
 
 def option_names() -> Sequence[str]:
     """Return the long options, for completion."""
-    return [s for action in _make_parser()._actions for s in action.option_strings if s.startswith("--")]
+    actions = [action for action in _make_parser()._actions if action.help is not argparse.SUPPRESS]
+    return [s for action in actions for s in action.option_strings if s.startswith("--")]

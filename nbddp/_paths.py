@@ -144,6 +144,14 @@ class RunDir:
             if name == "socket" or name.startswith(("store.", "stacks.")):
                 os.unlink(os.path.join(self.root, name))
 
+    def clear_cell(self) -> None:
+        """Delete what a cell was sent and has written, of ranks that stay."""
+        for folder in filter(None, (self.root, self._shm)):
+            with contextlib.suppress(FileNotFoundError):
+                for name in os.listdir(folder):
+                    if name.startswith(("closure.", "results.", "exception.")):
+                        os.unlink(os.path.join(folder, name))
+
     def remove(self) -> None:
         """Delete everything; safe to call twice, and from the kernel and the launcher at once."""
         shutil.rmtree(self.root, ignore_errors=True)

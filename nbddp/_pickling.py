@@ -27,7 +27,7 @@ import pickle
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +61,7 @@ class Target:
 
     namespace: dict[str, Any]
     shared_globals: dict[str, Any]
-    sender_has: Sequence[Any] = ()
+    sender_has: Sequence[Any] | Mapping[int, Any] = ()
     received: dict[int, Any] = field(default_factory=dict)
     device: str = "cpu"
     all_to: str | None = None
@@ -171,15 +171,20 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
 
     Args:
         namespace: The dictionary that is ``__main__`` here: the notebook's, or in a rank the script's.
-        received: In a rank: what came from the notebook (`Target.received`), to go back by reference.
+        received: What the other side has, by its number there: goes by reference. In a rank, what came from the
+            notebook (`Target.received`); in the notebook, what kept ranks have got before.
+        held: Names that functions find where they go to: what the namespace has for them does not go along.
     """
 
-    def __init__(self, namespace: dict[str, Any], received: Mapping[int, Any] | None = None) -> None:
+    def __init__(
+        self, namespace: dict[str, Any], received: Mapping[int, Any] | None = None, held: Collection[str] = ()
+    ) -> None:
         self._stream = Stream()
         super().__init__(self._stream, protocol=5, buffer_callback=self._keep_in_band)
         self.namespace = namespace
         self.met: list[Any] = []
         self._received = {id(obj): key for key, obj in (received or {}).items()}
+        self._held = frozenset(held)
         self._buffers: list[memoryview] = []
         self._variables = Variables()
         self._sources: set[str] = set()
@@ -269,12 +274,20 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
         # A tuple of two is a reference in disguise, such as that of NoneType; of six, the object by value.
         if reduced is not NotImplemented and len(reduced) > 2:
             self.met.append(obj)
+            if self._held and kind is types.FunctionType and obj.__globals__ is self.namespace:
+                reduced = self._without_held(reduced)
             if kind is types.FunctionType and obj.__closure__:
                 reduced = self._variables.shared_by(obj, reduced)
             # Named tuples bring their own.
             if isinstance(obj, type) and "__slots__" in vars(obj) and not issubclass(obj, tuple):
                 reduced = _with_slots(obj, reduced)
         return reduced
+
+    def _without_held(self, reduced: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return how a function is made again without the global variables that it will find."""
+        make, args, (state, slots), *rest = reduced
+        found = {name: value for name, value in slots["__globals__"].items() if name not in self._held}
+        return make, args, (state, {**slots, "__globals__": found}), *rest
 
     def _reduce_cached_function(self, function: Any) -> Any:
         parameters = function.cache_parameters()

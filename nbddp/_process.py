@@ -65,6 +65,17 @@ def exit_status(pid: int) -> int | None:
         return None
 
 
+def has_ended(pid: int) -> bool:
+    """Tell whether a process has ended, whether or not its parent has taken note."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return exit_status(pid) is not None
+
+
 def send_signal(pid: int, pidfd: int | None, signum: int) -> None:
     """Signal a process; by `pidfd` where there is one, since its pid may have been given to another meanwhile."""
     try:

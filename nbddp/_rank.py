@@ -20,7 +20,6 @@ import atexit
 import base64
 import contextlib
 import functools
-import linecache
 import os
 import signal
 import sys
@@ -30,14 +29,12 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nbddp import _palette, _plots, _process, _raised, _repair, _results, _settings, _uplink, _workers
+from nbddp import _palette, _plots, _process, _raised, _repair, _results, _serve, _settings, _uplink, _workers
 from nbddp._names import MODULES_OWN
+from nbddp._outcome import outcome_of, show_sources
 from nbddp._paths import RunDir
 from nbddp._pickling import Pickler, Target, load, load_file
 from nbddp._results import Wanted
-
-# Characters of a message, or of a line of a traceback, that are sent.
-_LONGEST = 20_000
 
 
 class _State:
@@ -55,6 +52,7 @@ class _State:
     target: Target
     # Writes what the cell has raised; after the report, since it may take long.
     write_exception: Callable[[], str | None] = staticmethod(lambda: None)
+    kept: _serve.Kept | None = None
     shell_settings: Mapping[str, Any]
 
 
@@ -87,6 +85,7 @@ def restore(
     """
     in_rank = namespace["__name__"] == "__main__"
     _complete("script started")
+    keep = arguments.pop("keep", False)
     _state.arguments = {"cell": cell, "cells": {name: number for name, (_, number) in sources.items()}, **arguments}
     device = "cpu"
     try:
@@ -94,7 +93,7 @@ def restore(
             device = _enter(**arguments)
         # Only now: a queue.py beside the notebook is not what torch is to import.
         sys.path[:0] = [folder for folder in path if folder not in sys.path]
-        _show_sources(sources)
+        show_sources(sources)
         target = _state.target = Target(namespace, namespace, device=device)
         # A function that uses __name__ brings the notebook's along, and in a spawned worker that would be wrong.
         own = {name: namespace[name] for name in MODULES_OWN if name in namespace}
@@ -107,6 +106,8 @@ def restore(
         if in_rank:
             namespace.update(_given_names(arguments["define"], device))
             _workers.send_by_value(list(target.received.values()))
+            if keep:
+                _state.kept = _serve.Kept(namespace, device)
         else:
             _workers.send_back_by_value()
         _complete("names restored")
@@ -116,7 +117,7 @@ def restore(
         # The script goes on to run(), which sees that all is over.
         _state.arguments = {}
         loading = getattr(getattr(_state, "target", None), "reading", None)
-        _leave(_outcome(error, ()) | ({"loading": loading} if loading else {}))
+        _leave(outcome_of(error, ()) | ({"loading": loading} if loading else {}))
 
 
 def _enter(*, init: bool, backend: str | None, gpus: bool, **_: Any) -> str:
@@ -179,23 +180,36 @@ def _given_names(define: tuple[str, ...], device: str) -> dict[str, Any]:
     return {name: given[name] for name in define}
 
 
-def _show_sources(sources: Mapping[str, tuple[str, int | None]]) -> None:
-    """Make the text of the notebook's cells known to tracebacks and to ``inspect.getsource``."""
-    for name, (text, _) in sources.items():
-        # Without a modification time, linecache never looks for a file of that name.
-        linecache.cache[name] = (len(text), None, text.splitlines(keepends=True), name)
-
-
 def run(namespace: dict[str, Any]) -> None:
-    """Run the cell and end the rank."""
+    """Run the cell, or those that come, and end the rank."""
     if not _state.arguments:
+        return
+    if _state.kept is not None and _state.notebook is not None:
+        _serve_cells(_state.kept, _state.notebook)
+        _leave({"outcome": "done"})
         return
     try:
         outcome = _run_cell(namespace, **_state.arguments)
     except BaseException as error:
-        _leave(_outcome(error, ()))
+        _leave(outcome_of(error, ()))
     else:
         _leave(outcome)
+
+
+def _serve_cells(kept: _serve.Kept, notebook: _uplink.Uplink) -> None:
+    """Run the cells that the notebook sends, until it sends no more."""
+    assert _state.run_dir is not None
+    notebook.ready()
+    while (request := kept.next_request(notebook)) is not None:
+        if request["kind"] == "regroup":
+            notebook.regrouped(kept.regroup(_state.run_dir, request["backend"], request["place"]))
+            continue
+        _state.times = {}
+        _state.write_exception = _State.write_exception
+        outcome = kept.run(request, _state, functools.partial(_run_cell, kept.namespace), notebook.begin)
+        notebook.report(times=_state.times, **outcome)
+        pickled = _state.write_exception() if outcome["outcome"] != "done" else None
+        notebook.idle(pickled, kept.held(), kept.backend())
 
 
 def _run_cell(
@@ -209,6 +223,7 @@ def _run_cell(
     colors: str,
     out: tuple[str, ...],
     gather: tuple[str, ...],
+    first: int = 0,
     **_: Any,
 ) -> dict[str, Any]:
     """Run the cell, and write the results if it went well."""
@@ -220,10 +235,11 @@ def _run_cell(
         shell.publish = _state.notebook.publish
         shell.clear = _state.notebook.clear
         shell.failing = _state.notebook.failing
-        _state.notebook.begin(filename)
+        if _state.kept is None:
+            _state.notebook.begin(filename)
     error = shell.run(namespace, cell, filename=filename, number=number, header=header, cells=cells, colors=colors)
     _complete("cell")
-    outcome = _outcome(error, shell.traceback)
+    outcome = outcome_of(error, shell.traceback)
     rank = int(os.environ["RANK"])
     if outcome["outcome"] == "raised" and error is not None and _state.run_dir is not None:
         pickler = functools.partial(Pickler, namespace, _state.target.received)
@@ -231,62 +247,10 @@ def _run_cell(
             _raised.write, error, outcome["message"], pickler, rank, _state.run_dir
         )
     if outcome["outcome"] == "done":
-        names = Wanted(out, gather).of_rank(rank)
+        names = Wanted(out, gather, first=first).of_rank(rank)
         if names and _state.run_dir is not None:
             outcome |= _results.write(names, namespace, _state.target.received, rank, _state.run_dir)
     return outcome
-
-
-def _outcome(error: BaseException | None, lines: tuple[str, ...]) -> dict[str, Any]:
-    """Return the report on what the cell raised, if anything."""
-    match error:
-        case None:
-            return {"outcome": "done"}
-        case SystemExit(code=None | 0):
-            return {"outcome": "done"}
-        case SystemExit():
-            code = error.code if isinstance(error.code, int) else 1
-            if not isinstance(error.code, int):
-                print(error.code, file=sys.stderr)  # noqa: T201  # as the interpreter does
-            return {"outcome": "exited", "code": code}
-        case KeyboardInterrupt():
-            return {"outcome": "interrupted", "lines": lines or tuple(_formatted(error))}
-    from nbddp._group import CannotForkError
-
-    if isinstance(error, CannotForkError):
-        return {"outcome": "cannot fork", "message": str(error)}
-    if not lines:
-        lines = tuple(_formatted(error))
-    return {
-        "outcome": "raised",
-        "exception": type(error).__name__,
-        "message": _cut(_message(error)),
-        "lines": [_cut(line) for line in lines],
-        "missing": error.name if isinstance(error, NameError) else None,
-    }
-
-
-def _formatted(error: BaseException) -> list[str]:
-    """Return the traceback of an error on the way to the cell, without the frames of nbddp itself."""
-    rendered = traceback.TracebackException.from_exception(error)
-    own = os.path.dirname(__file__)
-    rendered.stack = traceback.StackSummary.from_list(
-        [frame for frame in rendered.stack if os.path.dirname(frame.filename) != own]
-    )
-    return "".join(rendered.format()).rstrip("\n").split("\n")
-
-
-def _cut(text: str) -> str:
-    """Return a text without its middle if it is too long to be read; the exception itself has all of it."""
-    half = _LONGEST // 2
-    return text if len(text) <= _LONGEST else f"{text[:half]} … {text[-half:]}"
-
-
-def _message(error: BaseException) -> str:
-    try:
-        return str(error)
-    except Exception as broken:
-        return f"<its __str__ raised {type(broken).__name__}>"
 
 
 def _leave(outcome: dict[str, Any]) -> None:

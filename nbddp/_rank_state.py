@@ -40,6 +40,8 @@ class RankState:
         idle: Whether it waits for a cell.
         spared: Whether it has no part in the present cell.
         held: The types of the names that it holds, as it last said.
+        backend: The backend of its default process group; empty if it has none.
+        regrouped: What has kept it out of the new process group, empty if nothing has; None if it has not said.
     """
 
     rank: int
@@ -63,6 +65,8 @@ class RankState:
     idle: bool = False
     spared: bool = False
     held: dict[str, str] = field(default_factory=dict)
+    backend: str = ""
+    regrouped: str | None = None
 
     def renew(self, *, spared: bool) -> None:
         """Forget the last cell; a rank that is spared the next has ended it already."""

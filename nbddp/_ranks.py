@@ -28,6 +28,9 @@ _READ = 1 << 16
 _GATHER_SECONDS = 0.02
 _LITTLE = 1 << 15
 
+# Seconds that a rank has to take a message; a thread of its own waits for them.
+_ASK_SECONDS = 5.0
+
 
 class Listener(Protocol):
     """Who hears what ranks print and show; `nbddp._relay.Relay` is one."""
@@ -144,10 +147,18 @@ class Ranks:
         for state in list(self.states.values()):
             self._see_death(state)
 
-    def tell(self, state: RankState, kind: str) -> None:
+    def tell(self, state: RankState, kind: str, **fields: Any) -> None:
         """Send a rank a word; see `nbddp._uplink.Uplink._listen`."""
         with contextlib.suppress(OSError):  # it is gone, or does not listen
-            _wire.send(state.inbox.sock, kind)
+            _wire.send(state.inbox.sock, kind, **fields)
+
+    def ask(self, state: RankState, kind: str, **fields: Any) -> None:
+        """Send a rank a message that may be long."""
+        state.inbox.sock.settimeout(_ASK_SECONDS)
+        try:
+            self.tell(state, kind, **fields)
+        finally:
+            state.inbox.sock.setblocking(False)
 
     # Who connects.
 
@@ -245,10 +256,12 @@ class Ranks:
                     for stage, at in message["times"].items():
                         self.times[stage] = max(at, self.times.get(stage, at))
                 case "idle":
-                    state.pickled, state.held = message["pickled"], message["held"]
+                    state.pickled, state.held, state.backend = message["pickled"], message["held"], message["backend"]
                     # As at the end: all that the cell has printed is in the pipe.
                     self._drain(state)
                     state.ended, state.idle, state.ended_at = True, True, time.monotonic()
+                case "regrouped":
+                    state.regrouped = message["problem"]
                 case "end":
                     state.pickled = message["pickled"]
                     # It flushed before it said so: all that is its own is in the pipe. Its children may go on.

@@ -21,20 +21,22 @@ class Wanted:
     """What is asked for.
 
     Attributes:
-        out: Names from rank 0.
+        out: Names from one rank.
         gather: Names from every rank, as lists by rank.
         device: The device that all tensors are put on; None for the CPU.
         asked: How the user of the magic has asked for it, for messages.
+        first: The rank that `out` comes from.
     """
 
     out: tuple[str, ...] = ()
     gather: tuple[str, ...] = ()
     device: str | None = None
     asked: str = ""
+    first: int = 0
 
     def of_rank(self, rank: int) -> tuple[str, ...]:
         """Return the names that a rank is to send."""
-        return tuple(dict.fromkeys((*self.out, *self.gather))) if rank == 0 else self.gather
+        return tuple(dict.fromkeys((*self.out, *self.gather))) if rank == self.first else self.gather
 
 
 def write(
@@ -102,7 +104,8 @@ def read(wanted: Wanted, reports: Mapping[int, Mapping[str, Any]], sent: Sequenc
             told += [f"{name!r} came back, but cannot be loaded here: {why}" for name, why in reasons.items()]
         for problem in dict.fromkeys(told):
             problems.setdefault(problem, []).append(rank)
-    results = {name: loaded[0][name] for name in wanted.out if name in loaded[0]}
+    of_first = loaded.get(wanted.first, {})
+    results = {name: of_first[name] for name in wanted.out if name in of_first}
     for name in wanted.gather:
         by_rank = {rank: loaded[rank][name] for rank in ranks if name in loaded[rank]}
         if len(by_rank) == len(ranks):

@@ -326,7 +326,8 @@ class Run:
         while (
             # After an interrupt nobody asks how, and torchrun may wait for what hangs.
             self._cause == "failed"
-            and any(_nothing_is_known_of(state) for state in self._ranks.states.values())
+            # Ranks that lose their agent are killed; that it is gone is the news.
+            and (self.world.agent_is_gone or any(map(_nothing_is_known_of, self._ranks.states.values())))
             and not (self._ranks.agent_ended or self.world.launcher_ended)
             and time.monotonic() < deadline
         ):

@@ -110,6 +110,58 @@ class NotebookScreen:
         """Return how many bytes of text can be shown now without some being lost."""
         return _bucket.room()
 
+    def of_this_cell(self) -> Screen:
+        """Return the output of the cell that runs now, also when others run."""
+        return CellScreen(self._shell) if self.in_place else self
+
+
+class CellScreen:
+    """The output of the cell that runs when this is made, from any thread and for as long as the kernel lives.
+
+    What is printed goes to the cell that happens to run; so messages are sent as the kernel itself sends them.
+    """
+
+    in_place = True
+
+    def __init__(self, shell: Any) -> None:
+        self._kernel = shell.kernel
+        get_parent = getattr(shell.kernel, "get_parent", None)
+        self._parent = get_parent("shell") if get_parent is not None else shell.parent_header
+        self._panel_id = secrets.token_hex(8)
+        self._panel: MimeBundle | None = None
+
+    def _send(self, kind: str, content: dict[str, Any], topic: str | None = None) -> None:
+        kernel = self._kernel
+        # As the kernel names its own; who subscribes to all, as front ends do, does not see it.
+        ident = f"stream.{topic}" if topic else f"kernel.{kernel.ident}.{kind}"
+        kernel.session.send(kernel.iopub_socket, kind, content, parent=self._parent, ident=ident.encode())
+
+    def write(self, text: str) -> None:
+        """Show complete lines of text."""
+        _bucket.take(text)
+        self._send("stream", {"name": "stdout", "text": text}, "stdout")
+
+    def publish(self, data: MimeBundle, metadata: MimeBundle, transient: MimeBundle, update: bool) -> None:
+        """Show a mime bundle behind the text so far."""
+        content = {"data": data, "metadata": metadata, "transient": transient}
+        self._send("update_display_data" if update else "display_data", content)
+
+    def panel(self, data: MimeBundle) -> None:
+        """Show a mime bundle in the place of the last one that came this way."""
+        update = self._panel is not None
+        self._panel = data
+        self.publish(data, {}, {"display_id": self._panel_id}, update)
+
+    def clear(self, *, wait: bool) -> None:
+        """Take away all but the panel; with `wait`, when something else is shown."""
+        self._send("clear_output", {"wait": wait or self._panel is not None})
+        if self._panel is not None:
+            self.publish(self._panel, {}, {"display_id": self._panel_id}, False)
+
+    def room(self) -> int:
+        """Return how many bytes of text can be shown now without some being lost."""
+        return _bucket.room()
+
 
 class Terminal:
     """The screen where there is no notebook: ``sys.stdout``. The panel, if there is one, stays below the text."""
@@ -169,3 +221,8 @@ def _size() -> os.terminal_size:
 def screen_of(shell: Any) -> Screen:
     """Return where this shell shows output: under Jupyter the cell, else the terminal; None is no shell at all."""
     return NotebookScreen(shell) if hasattr(shell, "kernel") else Terminal()
+
+
+def of_this_cell(screen: Screen) -> Screen:
+    """Return a screen that goes on showing output where this one does when the cell is over."""
+    return screen.of_this_cell() if isinstance(screen, NotebookScreen) else screen

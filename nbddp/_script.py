@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from nbddp._snapshot import Snapshot
 
@@ -49,6 +49,7 @@ class Setup:
         out: Names to bring back from rank 0.
         gather: Names to bring back from every rank.
         colors: The notebook's traceback colours.
+        keep: Whether the ranks wait for the notebook's cells, one after another.
     """
 
     init: bool = True
@@ -58,6 +59,7 @@ class Setup:
     out: tuple[str, ...] = ()
     gather: tuple[str, ...] = ()
     colors: str = ""
+    keep: bool = False
 
 
 @dataclass
@@ -79,6 +81,13 @@ class Script:
     sources: Mapping[str, tuple[str, int | None]] = field(default_factory=dict)
     search_path: Sequence[str] = ()
     ranks: int = 1
+
+    def without_cell(self, empty: Snapshot) -> Script:
+        """Return the script of ranks that wait for their cells; `empty` is the snapshot of no names."""
+        cell = replace(self.cell, source="", header="")
+        return replace(
+            self, cell=cell, setup=replace(self.setup, keep=True, out=(), gather=()), closure=empty, sources={}
+        )
 
     def embeds_closure(self) -> bool:
         """Tell whether the closure stands in the text itself."""

@@ -259,6 +259,7 @@ class RankShell(InteractiveShell):
         self.user_module = sys.modules["__main__"]
         self.user_ns = namespace
         self.execution_count = number
+        self.traceback = ()
         if colors:
             with contextlib.suppress(Exception):  # a theme that this process does not have
                 self.colors = colors

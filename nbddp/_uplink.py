@@ -15,6 +15,7 @@ import fcntl
 import io
 import logging
 import os
+import queue
 import select
 import signal
 import sys
@@ -45,6 +46,8 @@ class Uplink:
     def __init__(self, run: RunDir, secret: str) -> None:
         self._secret = secret
         self._displays = 0
+        # What a kept rank is asked to do; None when the notebook is gone.
+        self.requests: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._sock = _wire.connect(run.socket)
         out, into = os.pipe()
@@ -95,11 +98,14 @@ class Uplink:
             for message in inbox.receive():
                 if message["kind"] == "interrupted":
                     spot = _main_threads_spot()
+                elif message["kind"] in ("cell", "regroup", "leave"):
+                    self.requests.put(message)
                 elif message["kind"] == "look":
                     with contextlib.suppress(OSError):  # the kernel is gone
                         self._send("at", **_where())
                 elif message["kind"] == "break off" and spot is not None and spot == _main_threads_spot():
                     _process.break_off()
+        self.requests.put(None)
 
     def publish(
         self, data: dict[str, Any], metadata: dict[str, Any], transient: dict[str, Any], update: bool, value: bool
@@ -158,6 +164,20 @@ class Uplink:
     def report(self, **outcome: Any) -> None:
         """Tell how the cell ended."""
         self._send("report", time=time.monotonic(), **outcome)
+
+    def ready(self) -> None:
+        """Tell that this rank waits for its first cell."""
+        self._send("ready")
+
+    def idle(self, pickled: str | None, held: dict[str, str], backend: str) -> None:
+        """Tell that nothing more of this cell is to come, where its exception is, and what this rank holds now."""
+        with self._lock, _whole():
+            flush()
+            _wire.send(self._sock, "idle", pickled=pickled, held=held, backend=backend)
+
+    def regrouped(self, problem: str) -> None:
+        """Tell that this rank is in the new process group, or what has kept it out."""
+        self._send("regrouped", problem=problem)
 
     def end(self, pickled: str | None) -> None:
         """Tell that nothing more is to come, and where the exception is; what is printed after this is not shown."""

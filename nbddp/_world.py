@@ -72,6 +72,11 @@ class World:
         return self._agent is not None
 
     @property
+    def agent_is_gone(self) -> bool:
+        """Whether the agent has just ended, as far as can be seen from here."""
+        return self._agent is not None and _process.has_ended(self._agent)
+
+    @property
     def complete(self) -> bool:
         """Whether all ranks have connected."""
         return len(self.ranks.states) == self.launch.ranks

@@ -17,6 +17,8 @@ import pytest
 
 from tests.kernel import Kernel, Reply
 
+pytestmark = pytest.mark.slow
+
 ALL_REDUCE = "%%ddp --cpus 2 --out y\nx = torch.ones(1)\ndist.all_reduce(x)\ny = x.item()"
 
 # What a run is to leave as it was, in the kernel's own process.
@@ -95,7 +97,7 @@ def test_a_notebook_that_has_used_up_its_open_files(new_kernel: Callable[..., Ke
         prepare(kernel)
     before = None
     worked = 0
-    for free in (3, 0, 20) if fresh else range(48):
+    for free in (3, 0, 20) if fresh else range(0, 48, 3):
         kernel.ok(f"leave_files({free})")
         reply = kernel.run(ALL_REDUCE)
         kernel.ok("give_back_files()")
@@ -110,7 +112,7 @@ def test_a_notebook_that_has_used_up_its_open_files(new_kernel: Callable[..., Ke
         now = kernel.get("state()")
         assert now == before, (free, [(a, b) for a, b in zip(now, before, strict=True) if a != b])
     # Not more than it needs is asked for.
-    assert worked >= 8 or fresh
+    assert worked >= 3 or fresh
 
 
 def test_the_message_on_open_files(new_kernel: Callable[..., Kernel]) -> None:
@@ -155,8 +157,8 @@ def test_open_files_that_run_out_while_ranks_connect_or_run(new_kernel: Callable
     )
     before = kernel.get("state()")
     lost = 0
-    for after in (0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.08, 0.6):
-        for free in (0, 1, 2):
+    for after in (0.0, 0.02, 0.03, 0.05, 0.6):
+        for free in (0, 2):
             kernel.ok(f"take({after}, {free})")
             reply = kernel.run(ALL_REDUCE + ("\nimport time\ntime.sleep(2)" if after > 0.5 else ""))
             kernel.ok("while threading.active_count() > 100: time.sleep(.01)")

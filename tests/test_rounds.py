@@ -12,7 +12,7 @@ from tests.rounds import Plan, Series
 
 pytestmark = pytest.mark.slow
 
-ROUNDS = 10
+ROUNDS = 5
 
 
 def test_whatever_is_hit_nothing_is_left_and_the_next_cell_works(

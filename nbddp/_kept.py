@@ -1,0 +1,457 @@
+"""Ranks that stay between cells (``--keep``): what is known of them, what they are sent, and when they end.
+
+One kernel keeps one world of ranks. While a cell runs, the thread that runs it has it; in between a thread of its own
+watches it: it hears of deaths, takes what the ranks' threads print, and ends what has been idle for too long.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+from nbddp._devices import Devices, gpus_of
+from nbddp._errors import LaunchError, RunLostError
+from nbddp._memory import Meter
+from nbddp._options import Options
+from nbddp._paths import RunDir, cannot_write, format_size
+from nbddp._rank_state import RankState, how_it_died, rank_list
+from nbddp._relay import Relay
+from nbddp._run import Ending
+from nbddp._screen import Screen, of_this_cell
+from nbddp._script import Cell
+from nbddp._snapshot import Snapshot
+from nbddp._stop import InterruptGate
+from nbddp._world import World
+
+# Seconds without a cell after which the ranks end.
+IDLE_SECONDS = 3600.0
+
+# Up to this many bytes a closure goes in the message itself; a larger one lies in a file.
+_EMBED_LIMIT = 1 << 15
+
+# Seconds that ranks have to make their process group anew.
+_REGROUP_SECONDS = 30.0
+
+# Seconds that idle ranks have for their exit handlers.
+_LEAVE_SECONDS = 5.0
+
+# Bytes that ranks may print between two cells, for the next to show; of more, the last.
+_PENDING = 1 << 20
+
+
+class Kept:
+    """The ranks that a kernel keeps; not there until the first cell has begun.
+
+    Attributes:
+        options: The options that they were started with.
+        devices: What they run on.
+        run_dir: Their files.
+        secret: Stands in the marks of their output.
+        world: Their processes; None before the first cell, and after the end.
+        definitions: Classes and functions that they have got, by number.
+        since: When they were started (``time.time``).
+        idle: Seconds without a cell after which they end.
+        lost: What has ended them between two cells, if something has.
+    """
+
+    def __init__(self) -> None:
+        self.options = Options()
+        self.devices: Devices | None = None
+        self.run_dir: RunDir | None = None
+        self.secret = ""
+        self.world: World | None = None
+        self.definitions: list[Any] = []
+        self.since = time.time()
+        self._cells = 0
+        self._place = 0
+        self._sent: dict[str, int] = {}
+        self._request: dict[str, Any] = {}
+        self._on: frozenset[int] = frozenset()
+        self._pending = _Pending()
+        self.idle = IDLE_SECONDS
+        self._screen: Screen | None = None
+        self._watcher: threading.Thread | None = None
+        self._wake: tuple[int, int] | None = None
+        self.lost: str | None = None
+
+    # What they hold.
+
+    @property
+    def states(self) -> dict[int, RankState]:
+        """What is known of each rank."""
+        return dict(sorted(self.world.ranks.states.items())) if self.world is not None else {}
+
+    def held_by_all(self) -> frozenset[str]:
+        """Return the names that every rank holds."""
+        held = [frozenset(state.held) for state in self.states.values()]
+        return frozenset.intersection(*held) if held else frozenset()
+
+    def holders(self) -> dict[str, list[int]]:
+        """Return for each name that not all ranks hold those that do."""
+        everywhere = self.held_by_all()
+        holders: dict[str, list[int]] = {}
+        for rank, state in self.states.items():
+            for name in state.held.keys() - everywhere:
+                holders.setdefault(name, []).append(rank)
+        return holders
+
+    def newer(self, names: Mapping[str, Any]) -> list[str]:
+        """Return, once, the names of which the notebook has another value now than the ranks have got."""
+        newer = []
+        for name in sorted(self.held_by_all() & names.keys() & self._sent.keys()):
+            if self._sent[name] != id(names[name]):
+                newer.append(name)
+                self._sent[name] = id(names[name])
+        return newer
+
+    # A cell.
+
+    def check(self, options: Options) -> None:
+        """Refuse options that these ranks cannot have.
+
+        Raises:
+            LaunchError: They were started with others.
+        """
+        if self.world is None or self.devices is None:
+            return
+        kept = self.devices
+        asked = options.cpus or options.gpus or len(options.gpu_ids) or None
+        wants = f"--gpu-ids {','.join(map(str, options.gpu_ids))}" if options.gpu_ids else f"--gpus {options.gpus}"
+        wants = f"--cpus {options.cpus}" if options.cpus is not None else wants
+        same = asked == kept.ranks and not (options.cpus is not None and kept.gpus)
+        if asked is not None and not (same and options.gpu_ids in ((), self.options.gpu_ids)):
+            have = "1 rank is" if kept.ranks == 1 else f"{kept.ranks} ranks are"
+            raise LaunchError(
+                f"--keep {wants}: {have} kept, {'one a GPU' if kept.gpus else 'on the CPU'}. Without "
+                f"{wants.split()[0]} the cell runs on {'it' if kept.ranks == 1 else 'them'}; %ddp stop ends "
+                f"{'it' if kept.ranks == 1 else 'them'}, with all that {'it holds' if kept.ranks == 1 else 'they hold'}"
+            )
+        for name, value in options.env.items():
+            if self.world.launch.env.get(name) != value:
+                raise LaunchError(
+                    f"--env {name}={value}: kept ranks have the environment that they began with. Set os.environ in a "
+                    "cell of theirs, or begin anew after %ddp stop"
+                )
+        if options.backend not in (None, self.options.backend):
+            raise LaunchError(f"--backend {options.backend}: kept ranks have their process group; %ddp stop ends them")
+        if options.on is not None and max(options.on) >= kept.ranks:
+            raise LaunchError(f"--on {max(options.on)}: the kept ranks are {rank_list(range(kept.ranks))[6:]}")
+
+    def open(self, world: World, secret: str) -> None:
+        """Take the processes, which are about to be started."""
+        self.world, self.secret = world, secret
+
+    def prepare(
+        self,
+        cell: Cell,
+        arguments: Mapping[str, Any],
+        closure: Snapshot,
+        on: Collection[int] | None,
+        push: Collection[str],
+    ) -> None:
+        """Put what is to be sent to the ranks in a message, or in a file.
+
+        Args:
+            cell: The cell.
+            arguments: What else `nbddp._rank._run_cell` takes.
+            closure: What it uses of the notebook.
+            on: The ranks that it runs on; None for all.
+            push: Names that are bound also where a rank holds them.
+
+        Raises:
+            LaunchError: There is no room for it.
+        """
+        assert self.run_dir is not None
+        assert self.devices is not None
+        self._cells += 1
+        embedded = closure.nbytes <= _EMBED_LIMIT
+        if embedded:
+            data = base64.b85encode(b"".join(closure.chunks())).decode()
+        else:
+            try:
+                data = self.run_dir.store(f"closure.{self._cells}", closure.nbytes, closure.write)
+            except OSError as error:
+                what = f"write {format_size(closure.nbytes)} of what the cell uses"
+                raise cannot_write(what, self.run_dir.root, error) from error
+        everyone = frozenset(range(self.devices.ranks))
+        self._on = everyone if on is None else frozenset(on)
+        self._request = {
+            "push": list(push),
+            "embedded": embedded,
+            "closure": data,
+            "offset": len(self.definitions),
+            "everywhere": self._on == everyone,
+            "arguments": {
+                "cell": cell.source,
+                "filename": cell.filename,
+                "number": cell.number,
+                "header": cell.header,
+                **arguments,
+            },
+        }
+
+    def begin(self, relay: Relay) -> None:
+        """Set the cell going; the first one starts the ranks."""
+        assert self.world is not None
+        ranks = self.world.ranks
+        ranks.values.clear()
+        self._pending.replay(relay)
+        if not self.world.started and not ranks.states:
+            ranks.ready = self._ask
+            self.world.start()
+            return
+        ranks.times = {"asked": time.monotonic()}
+        for state in ranks.states.values():
+            self._ask(state)
+
+    def _ask(self, state: RankState) -> None:
+        assert self.world is not None
+        state.renew(spared=state.rank not in self._on)
+        if not state.spared:
+            self.world.ranks.ask(state, "cell", **self._request)
+
+    def leave(self) -> None:
+        """Have the ranks end as scripts do, with their exit handlers."""
+        assert self.world is not None
+        for state in self.states.values():
+            state.renew(spared=False)
+            self.world.ranks.ask(state, "leave")
+
+    def settle(self, ending: Ending, names: Mapping[str, Any], met: Sequence[Any], gate: InterruptGate) -> str | None:
+        """See to it that the next cell works; return a line on what has become of the ranks, if there is need.
+
+        Args:
+            ending: How the cell ended.
+            names: What was sent with it.
+            met: The classes and functions that went along.
+            gate: Tells of interrupts.
+        """
+        asked = [state.outcome or {} for state in ending.ranks.values() if not state.spared]
+        if self._request.get("everywhere") and asked and all(outcome.get("loaded") for outcome in asked):
+            self.definitions += met
+            self._sent |= {name: id(value) for name, value in names.items()}
+        if ending.stayed and ending.cause == "done":
+            return None
+        if not ending.stayed and ending.cause == "done":  # they were told to leave
+            self.close()
+            return None
+        if ending.stayed and self._regroup(gate):
+            stay = "the rank stays" if len(ending.ranks) == 1 else f"the {len(ending.ranks)} ranks stay"
+            return f"nbddp: {stay}, with what they hold; their process group was made anew"
+        held = any(state.held for state in self.states.values())
+        self.close()
+        return "nbddp: the kept ranks are gone, and what they held with them" if held else None
+
+    def _regroup(self, gate: InterruptGate) -> bool:
+        """Have the ranks make their process group anew; tell whether they did."""
+        assert self.world is not None
+        states = self.states.values()
+        backend = next((state.backend for state in states if state.backend), "")
+        if not backend:
+            return True
+        self._place += 1
+        for state in states:
+            state.regrouped = None
+            self.world.ranks.ask(state, "regroup", backend=backend, place=self._place)
+        deadline = time.monotonic() + _REGROUP_SECONDS
+        presses = gate.presses
+        while any(state.regrouped is None for state in states):
+            if self.world.ranks.gone or self.world.launcher_ended or gate.presses > presses:
+                return False
+            if time.monotonic() > deadline:
+                return False
+            self.world.loop.step(min(deadline, time.monotonic() + 0.1))
+        return not any(state.regrouped for state in states)
+
+    def close(self) -> None:
+        """End what is left of the ranks."""
+        if self.world is not None:
+            if not self.world.launcher_ended:
+                self.world.let_go(done=False, wait=True)
+            self.world.close()
+            self.world = None
+
+    # Between two cells.
+
+    def watch(self, idle: float, screen: Screen) -> None:
+        """Watch the ranks from a thread, until they are taken; end them when they have been idle for so long."""
+        assert self.world is not None
+        self.idle, self._screen = idle or float("inf"), screen
+        self._pending = _Pending()
+        self.world.ranks.attach(self._pending)
+        self._wake = os.pipe()
+        self._watcher = threading.Thread(target=self._watch, name="nbddp-kept", daemon=True)
+        self._watcher.start()
+
+    def take(self) -> None:
+        """Have the watching thread end."""
+        if self._watcher is not None and self._wake is not None:
+            os.write(self._wake[1], b"t")
+            self._watcher.join()
+            self._watcher = None
+            for fd in self._wake:
+                os.close(fd)
+            self._wake = None
+
+    def _watch(self) -> None:
+        assert self.world is not None
+        assert self._wake is not None
+        taken: list[bytes] = []
+        wake = self._wake[0]
+        loop, ranks = self.world.loop, self.world.ranks
+        loop.watch(wake, lambda: taken.append(os.read(wake, 1)))
+        until = time.monotonic() + self.idle
+        while not taken and not ranks.gone and not self.world.launcher_ended and time.monotonic() < until:
+            loop.step(min(until, ranks.due))
+            ranks.tick()
+        loop.unwatch(wake)
+        if ranks.gone or self.world.launcher_ended:
+            self._lose()
+        elif not taken:
+            self._end_idle()
+
+    def _lose(self) -> None:
+        """Take note that the ranks have ended, which nobody has asked for."""
+        assert self.world is not None
+        deadline = time.monotonic() + 1.0
+        while not self.world.launcher_ended and time.monotonic() < deadline:
+            self.world.loop.step(deadline)
+        gone = sorted(self.world.ranks.gone, key=lambda state: state.died or 0.0)
+        how = f"rank {gone[0].rank} {how_it_died(gone[0].exitcode)}" if gone else "the launcher of nbddp ended"
+        self.lost = f"{how} between two cells"
+        self._tell(f"nbddp: {self.lost}; the kept ranks are gone, and what they held with them")
+        self.close()
+
+    def _end_idle(self) -> None:
+        """End the ranks as scripts end."""
+        assert self.world is not None
+        self.leave()
+        deadline = time.monotonic() + _LEAVE_SECONDS
+        while not all(state.ended for state in self.states.values()) and time.monotonic() < deadline:
+            self.world.loop.step(deadline)
+        done = all(state.ended for state in self.states.values())
+        self.world.let_go(done=done, wait=True)
+        self.close()
+        self.lost = f"there was no cell for {self.idle:g} s (--idle)"
+        self._tell(f"nbddp: the kept ranks have ended: {self.lost}")
+
+    def _tell(self, line: str) -> None:
+        if self._screen is not None:
+            with contextlib.suppress(Exception):  # the front end may be gone
+                self._screen.write(line + "\n")
+
+
+class _Pending:
+    """What ranks print and show while nobody watches, for the next cell."""
+
+    def __init__(self) -> None:
+        self._items: deque[tuple[int, bytes | dict[str, Any]]] = deque()
+        self._size = 0
+
+    def feed(self, rank: int, data: bytes) -> None:
+        """Take what a rank wrote."""
+        self._items.append((rank, data))
+        self._size += len(data)
+        while self._size > _PENDING and len(self._items) > 1:
+            _, dropped = self._items.popleft()
+            self._size -= len(dropped) if isinstance(dropped, bytes) else 0
+
+    def display(self, rank: int, message: dict[str, Any]) -> None:
+        """Take a display."""
+        self._items.append((rank, message))
+
+    def restart(self, rank: int) -> None:
+        """Do nothing: kept ranks are not started again."""
+
+    def replay(self, relay: Relay) -> None:
+        """Hand over what there is."""
+        for rank, item in self._items:
+            if isinstance(item, bytes):
+                relay.feed(rank, item)
+            else:
+                relay.display(rank, item)
+        self._items.clear()
+        self._size = 0
+
+
+# The ranks that this process keeps.
+_current: Kept | None = None
+_busy = threading.Lock()
+
+
+def current() -> Kept | None:
+    """Return the ranks that this process keeps, if there are any."""
+    return _current if _current is not None and _current.world is not None else None
+
+
+@contextlib.contextmanager
+def borrowed(idle: float, screen: Screen) -> Iterator[Kept]:
+    """Have the kept ranks for a cell; if there are none, what they will be.
+
+    Args:
+        idle: Seconds without a cell after which they end; 0 for never.
+        screen: Where the cell that has them shows its output, and they what happens later.
+
+    Raises:
+        LaunchError: Another thread has them.
+        RunLostError: They have ended since the last cell.
+    """
+    global _current
+    if not _busy.acquire(blocking=False):
+        raise LaunchError("the kept ranks are busy with another cell. Wait for its end, or run this one without --keep")
+    try:
+        kept, _current = _current or Kept(), None
+        kept.take()
+        if kept.lost is not None:
+            raise RunLostError(
+                f"{kept.lost}, and the kept ranks are gone: what they held is lost. Run the cell again, and those "
+                "before it that it needs, for new ones"
+            )
+        try:
+            yield kept
+        finally:
+            if kept.world is not None:
+                kept.watch(idle, of_this_cell(screen))
+                _current = kept
+    finally:
+        _busy.release()
+
+
+def drop() -> None:
+    """End the kept ranks at once, if there are any: when the extension is unloaded, or the kernel ends."""
+    global _current
+    kept, _current = _current, None
+    if kept is not None:
+        kept.take()
+        kept.close()
+
+
+def status(kept: Kept) -> list[str]:
+    """Return lines on the kept ranks, for ``%ddp status``: since when, what memory they take, what they hold."""
+    assert kept.world is not None
+    assert kept.devices is not None
+    since = time.strftime("%H:%M:%S", time.localtime(kept.since))
+    ends = "until %ddp stop" if kept.idle == float("inf") else f"until there was no cell for {kept.idle:g} s"
+    where = "one a GPU" if kept.devices.gpus else "on the CPU"
+    count = "1 rank" if kept.devices.ranks == 1 else f"{kept.devices.ranks} ranks"
+    lines = [f"nbddp: {count} kept since {since}, {where}, {ends}"]
+    memory = Meter(gpus_of(kept.devices, kept.world.launch.env)).read(
+        {rank: state.pid for rank, state in kept.states.items()}
+    )
+    for rank, state in kept.states.items():
+        held = ", ".join(f"{name} ({kind})" for name, kind in sorted(state.held.items()) if kind != "module")
+        lines.append(f"  rank {rank}  pid {state.pid}  {memory.get(rank, '')}  {held or 'holds nothing'}")
+    return lines
+
+
+def whose_names(holders: Mapping[str, Collection[int]], name: str) -> str | None:
+    """Return a sentence on a name that only some ranks hold; None if it is none."""
+    if name not in holders:
+        return None
+    return f"Only {rank_list(sorted(holders[name]))} {'holds' if len(holders[name]) == 1 else 'hold'} {name!r}"
