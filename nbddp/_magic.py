@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_cell_magic, magics_class
@@ -362,17 +362,17 @@ class DDPMagics(Magics):
         return [f"%%ddp {line}".rstrip(), *_closure.explain(job.names, job.namespace, job.lines)]
 
 
+class _Pull(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"%ddp pull: {message}. %ddp pull NAME ... [--rank K]")
+
+
 def _names_and_rank(asked: Sequence[str]) -> tuple[list[str], int]:
     """Return the names behind ``%ddp pull``, and the rank that they are to come from."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser = _Pull(add_help=False, allow_abbrev=False)
     parser.add_argument("names", nargs="+")
     parser.add_argument("--rank", type=int, default=0)
-    try:
-        given, unknown = parser.parse_known_args(list(asked))
-    except (argparse.ArgumentError, SystemExit):
-        given, unknown = None, list(asked)
-    if given is None or unknown:
-        raise UsageError(f"%ddp pull {' '.join(asked)}: it is %ddp pull NAME ... [--rank K]")
+    given = parser.parse_args(list(asked))
     return [name for word in given.names for name in word.split(",") if name], given.rank
 
 

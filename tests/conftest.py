@@ -8,7 +8,6 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -84,10 +83,8 @@ def new_kernel(open_kernels: list[Kernel]) -> Iterator[Callable[..., Kernel]]:
         return kernel
 
     yield start
-    # At once: each takes a second or two.
-    with ThreadPoolExecutor(max(1, len(own))) as pool:
-        list(pool.map(Kernel.close, own))
     for kernel in own:
+        kernel.close()
         open_kernels.remove(kernel)
 
 
