@@ -118,11 +118,11 @@ def python(source: str, transform: Transform) -> list[Piece]:
         return _split(transform(source), transform)
     line, body = magic[0].rstrip("\n"), source.lstrip("\n")[magic.end() :]
     if magic[1] not in _CELL_MAGICS:
-        return [Piece(ast.Pass(), "", magic=line)]
+        return [Piece(nothing(), "", magic=line)]
     above = source[: len(source) - len(source.lstrip("\n"))].count("\n") + 1
     inside = [replace(p, lines=(p.lines[0] + above, p.lines[1] + above)) for p in python(body, transform)]
     if magic[1] == "capture" and (words := [word for word in magic[2].split() if not word.startswith("-")]):
-        inside.append(Piece(ast.Pass(), "", magic=line, state=f"bound by {line}", binds=frozenset(words[:1])))
+        inside.append(Piece(nothing(), "", magic=line, state=f"bound by {line}", binds=frozenset(words[:1])))
     return inside
 
 
@@ -151,7 +151,7 @@ def _split(text: str, transform: Transform) -> list[Piece]:
         found += [replace(p, quiet=quiet) for p in _piece(node, typed, gap, (first, last), transform)]
         done = last
     if rest := "".join(f"{line}\n" for line in lines[done:]).rstrip():
-        found.append(Piece(ast.Pass(), "", f"{rest}\n", lines=(done + 1, len(lines))))
+        found.append(Piece(nothing(), "", f"{rest}\n", lines=(done + 1, len(lines))))
     return found
 
 
@@ -202,6 +202,11 @@ def _as_python(name: str, argument: str) -> str | None:
     if name == "env" and equals and "{" not in argument and "$" not in argument:
         return f"import os\nos.environ[{quoted(variable.strip())}] = {quoted(value.strip())}"
     return None
+
+
+def nothing() -> ast.stmt:
+    """Return a statement that does nothing, for what is no Python."""
+    return ast.parse("pass").body[0]
 
 
 def quoted(text: str) -> str:

@@ -538,7 +538,6 @@ class Flow:
         if _SEEDING.match(last) and not callee.endswith(".?"):
             done.seeds |= _generators_of(callee)
             self.seeded |= _generators_of(callee)
-            done.changes.add(SETTINGS)
             return
         if not own:
             done.draws |= _drawn_by(callee, last)
@@ -565,7 +564,9 @@ class Flow:
             elif name == SETTINGS:
                 done.changes.add(name)
             else:
-                self._changed(ast.Name(name, ast.Load()), done)
+                # It may be bound anew there, and then be no constant.
+                self.constants.discard(name)
+                done.changes |= self._related(name)
         done.seeds |= function.seeds
         self.seeded |= function.seeds
 

@@ -186,7 +186,7 @@ def _read(path: str) -> list[Cell]:
         with open(path, encoding="utf-8") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of fields that newer versions want
             text = file.read()
-            version = nbformat.reader.get_version(nbformat.reader.reads(text))[0]
+            version = nbformat.reader.parse_json(text)["nbformat"]
             notebook = nbformat.reads(text, as_version=4)
     except FileNotFoundError:
         raise ExportError(f"there is no notebook {path}") from None
@@ -194,6 +194,8 @@ def _read(path: str) -> list[Cell]:
         raise ExportError(f"{path} is a folder; give a notebook in it") from None
     except OSError as error:
         raise ExportError(f"{path} cannot be read: {error.strerror}") from None
+    except (KeyError, TypeError):
+        raise ExportError(f"{path} is no notebook: it does not say which nbformat it is in") from None
     except Exception as error:  # of JSON, of nbformat, or of whatever is in the file
         reason = str(error).strip().splitlines()
         raise ExportError(f"{path} is no notebook: {reason[0][:200] if reason else type(error).__name__}") from None
@@ -247,13 +249,10 @@ def _numbered(cells: Sequence[Cell], number: int, asked: str, where: str) -> int
     if len(found) == 1:
         return found[0]
     if found:
-        raise ExportError(
-            f"{asked}: {len(found)} cells of {where} have this number; run it anew", details=_listed(cells)
-        )
-    what = "is no %%ddp cell" if there else "is not there"
-    raise ExportError(
-        f"{asked}: cell [{number}] of {where} {what}; the number is the one in brackets", details=_listed(cells)
-    )
+        problem = f"{len(found)} cells of {where} have this number; run it anew"
+    else:
+        problem = f"cell [{number}] of {where} {'is no %%ddp cell' if there else 'is not there'}; these are"
+    raise ExportError(f"{asked}: {problem}", details=_listed(cells))
 
 
 def _listed(cells: Sequence[Cell]) -> tuple[str, ...]:
@@ -332,7 +331,7 @@ def _above(job: _Job) -> list[Piece]:
                 continue
             names = frozenset((*options.out, *options.gather))
             why = f"brought back by the %%ddp cell {cell.label}"
-            found.append(Piece(ast.Pass(), "", cell=position, state=why, binds=names))
+            found.append(Piece(_cells.nothing(), "", cell=position, state=why, binds=names))
             continue
         try:
             found += _cells.pieces(cell, job.transform, position)

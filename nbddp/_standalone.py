@@ -487,13 +487,7 @@ class Script:
             return False
         if any(name in _bound(piece.node) for _, piece in self._needed.pieces):
             return False
-        if isinstance(node, ast.ClassDef):
-            parts = [p for stmt in node.body for p in immediate(stmt)] + [*node.bases, *node.keywords]
-        else:
-            parts = [*immediate(node)]
-        parts += [p for decorator in node.decorator_list for p in ast.walk(decorator)]
-        parts = [inner for part in parts for inner in ast.walk(part)] if not isinstance(node, ast.ClassDef) else parts
-        read = {part.id for part in parts if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)}
+        read = {part.id for part in immediate(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Load)}
         return not read & set(inside)
 
     def _last(self) -> Piece | None:
@@ -542,7 +536,8 @@ class Script:
         if not (options.out or options.gather):
             return []
         torch, path = self._imports.spell("torch"), self._imports.member("pathlib", "Path")
-        lines = ["# What --out and --gather brought back to the notebook."]
+        asked = " and ".join(name for name, given in (("--out", options.out), ("--gather", options.gather)) if given)
+        lines = [f"# What {asked} brought back to the notebook."]
         items = [f'"{name}": {self._portable(name)}' for name in options.out]
         suffix, only_first = '".results.pt"', True
         if options.gather:
