@@ -6,151 +6,20 @@ guessed from how Python is written: ``model.eval()`` changes the model, ``losses
 be wrong on the safe side: a statement too many stands in a script where it can be seen, one too few changes a result in
 silence.
 
-What libraries keep for themselves has names here, too: `SETTINGS` (environment variables, warning filters,
+What libraries keep for themselves has names here, too: `_idioms.SETTINGS` (environment variables, warning filters,
 ``torch.set_default_dtype``) and the state of each random number generator, which every draw changes.
 """
 
 from __future__ import annotations
 
 import ast
-import re
-import sys
 import types
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+from nbddp import _idioms
 from nbddp._cells import Piece, Transform, dotted, immediate
 from nbddp._names import MODULES_OWN, Uses
-
-# What no name of Python's can be.
-SETTINGS = "<settings>"
-GENERATORS = ("<random torch>", "<random numpy>", "<random python>")
-SEEDS = {generator: f"<seed of {generator}>" for generator in GENERATORS}
-
-# Whose settings are the whole process's, whether or not the cell uses the module itself.
-_OF_THE_PROCESS = sys.stdlib_module_names | {"torch", "numpy", "lightning", "pytorch_lightning", "transformers"}
-
-_SETTING = re.compile(
-    r"(set|use|enable|disable|register|filterwarnings|simplefilter|basicConfig|config|update|setdefault|chdir|putenv|umask"
-    r"|append|insert|extend|captureWarnings|setLevel|addHandler|setrecursionlimit|init|seed|manual_seed)(_\w+)?$"
-)
-_SEEDING = re.compile(r"(manual_seed(_all)?|seed(_everything|_all)?|(set|fix)_(random_|all_)?seeds?)$")
-
-# Functions of these show or write their arguments, and leave them as they are.
-_SHOW = frozenset(
-    {"matplotlib", "seaborn", "plotly", "logging", "pprint", "IPython", "tqdm", "time", "sys", "warnings"}
-)
-# Functions of these make new values of their arguments, but for those that `_CHANGING` names.
-_COMPUTE = sys.stdlib_module_names | {
-    "torch",
-    "numpy",
-    "pandas",
-    "scipy",
-    "sklearn",
-    "PIL",
-    "torchvision",
-    "torchaudio",
-}
-
-_CHANGING = re.compile(
-    r"(shuffle|heapify|heappush|heappop|heapreplace|insort(_left|_right)?|copyto|put|place|putmask|fill_diagonal|setattr"
-    r"|delattr|next|update_bn|vector_to_parameters|.*[^_]_|(re)?train(_\w+)?|fit(_\w+)?|finetune(_\w+)?|step(_\w+)?"
-    r"|update(_\w+)?|init(_\w+)?|freeze(_\w+)?|unfreeze(_\w+)?|load_\w*state\w*|set_\w+|add_\w+|register_\w+|apply)$"
-)
-# Methods that change what they are called on, whatever becomes of their value.
-_CHANGING_METHODS = re.compile(
-    r"(pop|popitem|popleft|setdefault|step|fit(_\w+)?|partial_fit|train|eval|apply|read|readline|readlines|send|add_\w+"
-    r"|register_\w+|load_state_dict|share_memory|[a-z]\w*[^_]_)$"
-)
-# Methods of containers: what is in them stays as it is.
-_CONTAINERS = frozenset(
-    {"append", "extend", "insert", "remove", "clear", "update", "add", "discard", "sort", "reverse", "pop", "popitem"}
-    | {"appendleft", "extendleft", "popleft", "rotate", "setdefault", "put", "write"}
-)
-# Methods whose value is shown, or that show something.
-_SHOWING_METHODS = frozenset(
-    {
-        "head",
-        "tail",
-        "describe",
-        "info",
-        "sample",
-        "show",
-        "plot",
-        "hist",
-        "savefig",
-        "imshow",
-        "scatter",
-        "bar",
-        "boxplot",
-    }
-    | {"mean", "sum", "min", "max", "std", "var", "item", "tolist", "numpy", "size", "numel", "dim", "keys", "values"}
-    | {
-        "items",
-        "get",
-        "count",
-        "index",
-        "format",
-        "join",
-        "split",
-        "value_counts",
-        "unique",
-        "nunique",
-        "isna",
-        "isnull",
-    }
-    | {
-        "parameters",
-        "named_parameters",
-        "state_dict",
-        "children",
-        "modules",
-        "copy",
-        "clone",
-        "detach",
-        "cpu",
-        "argmax",
-    }
-    | {"round", "to_string", "summary", "print", "dtypes", "corr", "groupby", "norm", "abs", "t", "any", "all"}
-    | {
-        "save",
-        "to_csv",
-        "to_json",
-        "to_parquet",
-        "save_pretrained",
-        "close",
-        "flush",
-        "tight_layout",
-        "legend",
-        "set_title",
-    }
-    | {
-        "set_xlabel",
-        "set_ylabel",
-        "set_xlim",
-        "set_ylim",
-        "grid",
-        "display",
-        "forward",
-        "__repr__",
-        "__str__",
-        "__len__",
-    }
-)
-
-_TORCH_DRAWS = re.compile(
-    r"(rand(n|int|perm)?(_like)?|randint_like|normal|bernoulli|multinomial|poisson|random_split|dropout\w*)$"
-)
-_LAYERS = re.compile(r"(Linear|Conv|Embedding|RNN|LSTM|GRU|Transformer|MultiheadAttention)")
-_METHOD_DRAWS = re.compile(
-    r"(normal_|uniform_|random_|bernoulli_|exponential_|geometric_|cauchy_|log_normal_|multinomial)$"
-)
-_SKLEARN_DRAWS = re.compile(r"(train_test_split|shuffle|resample|make_\w+)$")
-_MAKES_GENERATOR = re.compile(r"(default_rng|Generator|RandomState|Random|SeedSequence)$")
-_OWN_RANDOMNESS = frozenset({"generator", "random_state", "rng", "seed"})
-_CLASS = re.compile(r"_*[A-Z]\w*[a-z]\w*$|_*[A-Z]+$")
-
-_CONSTANTS = frozenset({"int", "float", "str", "bool", "len", "bytes", "range", "frozenset", "round", "hash", "id"})
 
 _COMPOUND = ast.If | ast.For | ast.AsyncFor | ast.While | ast.With | ast.AsyncWith | ast.Try | ast.TryStar | ast.Match
 
@@ -161,7 +30,6 @@ class Effects:
 
     Attributes:
         reads: The names that it needs, those that the functions which it calls read included.
-        hard: Those of them that it reads itself, for certain before it binds them.
         binds: The names that it binds, so that what they were before does not matter any more.
         may_bind: The names that it binds perhaps, or in part.
         changes: The names whose values it changes.
@@ -171,7 +39,6 @@ class Effects:
     """
 
     reads: frozenset[str]
-    hard: frozenset[str]
     binds: frozenset[str]
     may_bind: frozenset[str]
     changes: frozenset[str]
@@ -215,6 +82,7 @@ class Flow:
         generators: Names of random number generators.
         loaders: Names of what draws random numbers when it is iterated over.
         shown: Names of figures and the like, which leave what they are given as it is.
+        records: Names of what consists of constants: a configuration, whose parts go anywhere and are changed nowhere.
         seeded: The global generators that have been seeded.
     """
 
@@ -228,6 +96,7 @@ class Flow:
     generators: set[str] = field(default_factory=set)
     loaders: set[str] = field(default_factory=set)
     shown: set[str] = field(default_factory=set)
+    records: set[str] = field(default_factory=set)
     seeded: set[str] = field(default_factory=set)
 
     def copy(self) -> Flow:
@@ -239,13 +108,12 @@ class Flow:
         if not piece.text:
             bound = piece.binds | (_stored(piece.node) if piece.magic else frozenset())
             self._forget(bound)
-            return Effects(frozenset(), frozenset(), bound, bound, frozenset())
+            return Effects(frozenset(), bound, bound, frozenset())
         uses = Uses([piece.node], transform)
         now, late = _reads(piece.node)
         deferred = frozenset(late) | self.behind(now & frozenset(uses.taken))
         definition = isinstance(piece.node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
         reads = now & frozenset(uses.taken) if definition else frozenset(uses.taken)
-        hard = reads & now
         reads |= self.behind(reads)
         was_seeded = set(self.seeded)
         done = _Done()
@@ -262,7 +130,7 @@ class Flow:
         reads |= linked
         changes |= linked
         for generator in done.seeds:
-            binds |= {generator, SEEDS[generator]}
+            binds |= {generator, _idioms.SEEDS[generator]}
         if isinstance(piece.node, ast.Import):
             # `import a.b` adds to what `import a` has bound.
             added = {a.name.partition(".")[0] for a in piece.node.names if a.asname is None and "." in a.name}
@@ -273,11 +141,10 @@ class Flow:
             changes.add(piece.node.target.id)
         return Effects(
             reads=frozenset(reads),
-            hard=frozenset(hard),
             binds=frozenset(binds),
             may_bind=(frozenset(uses.certain) if definition else frozenset(uses.bound)) | piece.binds,
             changes=frozenset(changes),
-            setting=SETTINGS in changes,
+            setting=_idioms.SETTINGS in changes,
             unseeded=frozenset(drawn - was_seeded - done.seeds),
             seeds=frozenset(done.seeds),
         )
@@ -306,6 +173,8 @@ class Flow:
             case ast.ClassDef():
                 self._forget({node.name})
                 self.classes.add(node.name)
+                if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
+                    self.records.add(node.name)
                 self.functions[node.name] = self._class(node)
             case ast.Assign() | ast.AnnAssign() | ast.AugAssign():
                 self._calls(node, done)
@@ -337,7 +206,7 @@ class Flow:
         if isinstance(node, ast.For | ast.AsyncFor):
             root = _root(node.iter.args[0] if isinstance(node.iter, ast.Call) and node.iter.args else node.iter)
             if root in self.loaders:
-                done.draws.add(GENERATORS[0])
+                done.draws.add(_idioms.GENERATORS[0])
             if root is not None:
                 done.iterated.add(root)
             self._assign(node.target, node.iter, done)
@@ -358,7 +227,7 @@ class Flow:
         for name in names:
             for table in (self.imports, self.functions, self.holds, self.gradients, self.late):
                 table.pop(name, None)
-            for names_of in (self.classes, self.constants, self.generators, self.loaders, self.shown):
+            for names_of in (self.classes, self.constants, self.generators, self.loaders, self.shown, self.records):
                 names_of.discard(name)
 
     def _assign(self, target: ast.expr, value: ast.expr, done: _Done, *, again: bool = False) -> None:
@@ -377,22 +246,25 @@ class Flow:
             return
         name = target.id
         known = self._callee(value) if isinstance(value, ast.Call) else ""
-        shown = known.partition(".")[0] in _SHOW
+        shown = known.partition(".")[0] in _idioms.SHOW
         if again:
             if name not in self.constants:
                 self._changed(target, done)
             held |= self.holds.get(name, frozenset())
             gradients |= self.gradients.get(name, frozenset())
         constant = self._is_constant(value) and (not again or name in self.constants)
+        record = self._is_record(value)
         function = self.functions.get(value.id) if isinstance(value, ast.Name) else None
         self._forget({name})
         self.holds[name] = held - {name}
         self.gradients[name] = gradients
         if constant:
             self.constants.add(name)
+        if record:
+            self.records.add(name)
         if function is not None:
             self.functions[name] = function
-        if _MAKES_GENERATOR.search(known) and "random" in known + "torch" * known.startswith("torch."):
+        if _idioms.MAKES_GENERATOR.search(known) and "random" in known + "torch" * known.startswith("torch."):
             self.generators.add(name)
         if known.endswith("Generator"):
             self.generators.add(name)
@@ -417,7 +289,23 @@ class Flow:
                 return self._is_constant(value.body) and self._is_constant(value.orelse)
             case ast.Call():
                 callee = self._callee(value) or dotted(value.func)
-                return callee in _CONSTANTS or callee.endswith(".item") or callee in ("torch.device", "pathlib.Path")
+                return (
+                    callee in _idioms.CONSTANTS
+                    or callee.endswith(".item")
+                    or callee in ("torch.device", "pathlib.Path")
+                )
+        return False
+
+    def _is_record(self, value: ast.expr) -> bool:
+        match value:
+            case ast.Dict():
+                return all(self._is_constant(part) for part in (*value.keys, *value.values) if part is not None)
+            case ast.Call():
+                parts = [*value.args, *(keyword.value for keyword in value.keywords)]
+                if not all(self._is_constant(part) for part in parts):
+                    return False
+                name = (self._callee(value) or dotted(value.func)).rpartition(".")[2]
+                return name in self.records or name in ("SimpleNamespace", "Namespace", "parse_args", "dict")
         return False
 
     def _held(self, value: ast.expr | None) -> frozenset[str]:
@@ -427,6 +315,8 @@ class Flow:
                 return frozenset()
             case ast.Name():
                 return frozenset({value.id}) | self.holds.get(value.id, frozenset())
+            case ast.Attribute() | ast.Subscript() if _root(value) in self.records:
+                return frozenset()
             case ast.Attribute() | ast.Subscript() | ast.Starred() | ast.Await() | ast.NamedExpr():
                 return self._held(value.value)
             case ast.Tuple() | ast.List() | ast.Set():
@@ -456,7 +346,7 @@ class Flow:
             return self._all_held([value for name, value in bound if name in self.functions[call.func.id].returns])
         if callee:
             last = callee.rpartition(".")[2]
-            fresh = callee.partition(".")[0] in _COMPUTE and not _CLASS.match(last)
+            fresh = callee.partition(".")[0] in _idioms.COMPUTE and not _idioms.CLASS.match(last)
             keeps = last in (
                 "from_numpy",
                 "as_tensor",
@@ -472,7 +362,11 @@ class Flow:
         if isinstance(call.func, ast.Attribute):
             return self._held(call.func.value)
         name = dotted(call.func)
-        if name in self.classes or _CLASS.match(name) or name in ("list", "tuple", "dict", "set", "iter", "zip", "map"):
+        if (
+            name in self.classes
+            or _idioms.CLASS.match(name)
+            or name in ("list", "tuple", "dict", "set", "iter", "zip", "map")
+        ):
             return self._all_held(arguments)
         return frozenset()
 
@@ -508,7 +402,7 @@ class Flow:
                 case ast.NamedExpr():
                     self._assign(part.target, part.value, done)
                 case ast.comprehension() if _root(part.iter) in self.loaders:
-                    done.draws.add(GENERATORS[0])
+                    done.draws.add(_idioms.GENERATORS[0])
 
     def _call(self, call: ast.Call, done: _Done, *, unused: bool) -> None:
         arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
@@ -526,7 +420,7 @@ class Flow:
         elif name in ("setattr", "delattr", "next") and call.args:
             self._changed(call.args[0], done)
         elif name == "exec":
-            done.changes |= {SETTINGS} if unused else set()
+            done.changes |= {_idioms.SETTINGS} if unused else set()
         elif unused and name in self.holds:
             self._changed(call.func, done)
 
@@ -534,20 +428,22 @@ class Flow:
         self, call: ast.Call, callee: str, arguments: Sequence[ast.expr], done: _Done, unused: bool
     ) -> None:
         top, last = callee.partition(".")[0], _last(call.func)
-        own = bool(_OWN_RANDOMNESS & {keyword.arg for keyword in call.keywords})
-        if _SEEDING.match(last) and not callee.endswith(".?"):
-            done.seeds |= _generators_of(callee)
-            self.seeded |= _generators_of(callee)
+        own = bool(_idioms.OWN_RANDOMNESS & {keyword.arg for keyword in call.keywords})
+        if _idioms.SEEDING.match(last) and not callee.endswith(".?"):
+            done.seeds |= _idioms.generators_of(callee)
+            self.seeded |= _idioms.generators_of(callee)
             return
         if not own:
-            done.draws |= _drawn_by(callee, last)
+            done.draws |= _idioms.drawn_by(callee, last)
         if callee.startswith("os.environ.") and last == "get":
             return
-        if _SETTING.match(last) and unused:
+        if _idioms.SETTING.match(last) and unused:
             self._set(call.func, done)
-        if top in _SHOW or last in ("save", "dump", "savetxt", "savez"):
+        if top in _idioms.SHOW or last in ("save", "dump", "savetxt", "savez"):
             return
-        changing = _CHANGING.match(last) or (unused and top not in _COMPUTE and not _CLASS.match(last))
+        changing = _idioms.CHANGING.match(last) or (
+            unused and top not in _idioms.COMPUTE and not _idioms.CLASS.match(last)
+        )
         if changing and not (last in ("next",) and not arguments):
             for argument in arguments:
                 self._changed(argument, done)
@@ -557,11 +453,11 @@ class Flow:
             if name in function.changed:
                 self._changed(value, done)
             if name in function.iterated and _root(value) in self.loaders:
-                done.draws.add(GENERATORS[0])
+                done.draws.add(_idioms.GENERATORS[0])
         for name in function.outside:
-            if name in GENERATORS:
+            if name in _idioms.GENERATORS:
                 done.draws.add(name)
-            elif name == SETTINGS:
+            elif name == _idioms.SETTINGS:
                 done.changes.add(name)
             else:
                 # It may be bound anew there, and then be no constant.
@@ -578,10 +474,10 @@ class Flow:
 
     def _call_of_method(self, func: ast.Attribute, arguments: Sequence[ast.expr], done: _Done, unused: bool) -> None:
         root, method = _root(func.value), func.attr
-        if _METHOD_DRAWS.match(method):
-            done.draws.add(GENERATORS[0])
+        if _idioms.METHOD_DRAWS.match(method):
+            done.draws.add(_idioms.GENERATORS[0])
         if method == "sample" and unused is False:
-            done.draws.add(GENERATORS[1])
+            done.draws.add(_idioms.GENERATORS[1])
         if root is None or root in self.shown:
             return
         if method == "backward":
@@ -590,11 +486,11 @@ class Flow:
             done.changes |= {_gradient(name) for name in self._related(root)}
         elif root in self.generators:
             self._changed(func.value, done)
-        elif method in _CONTAINERS and (unused or _CHANGING_METHODS.match(method)):
+        elif method in _idioms.CONTAINERS and (unused or _idioms.CHANGING_METHODS.match(method)):
             self._changed(func.value, done, deep=method in ("update", "add") and not unused)
             added = self._all_held(arguments) - {root}
             self.holds[root] = self.holds.get(root, frozenset()) | added
-        elif _CHANGING_METHODS.match(method) or (unused and method not in _SHOWING_METHODS):
+        elif _idioms.CHANGING_METHODS.match(method) or (unused and method not in _idioms.SHOWING_METHODS):
             self._changed(func.value, done)
             if method.startswith(("fit", "train", "tune", "finetune")):
                 for argument in arguments:
@@ -619,8 +515,8 @@ class Flow:
         if root is None:
             return
         done.changes.add(root)
-        if self.imports.get(root, "").partition(".")[0] in _OF_THE_PROCESS:
-            done.changes.add(SETTINGS)
+        if self.imports.get(root, "").partition(".")[0] in _idioms.OF_THE_PROCESS:
+            done.changes.add(_idioms.SETTINGS)
 
     def _related(self, name: str) -> set[str]:
         """Return the names whose objects may change with that of a name."""
@@ -664,10 +560,10 @@ class Flow:
         for stmt in node.body:
             if isinstance(stmt, ast.FunctionDef) and stmt.name in ("__init__", "__post_init__", "reset_parameters"):
                 flow.functions[stmt.name] = flow._function(stmt)
-                done.draws |= flow.functions[stmt.name].outside & frozenset(GENERATORS)
+                done.draws |= flow.functions[stmt.name].outside & frozenset(_idioms.GENERATORS)
         for base in node.bases:
             inherited = self.functions.get(dotted(base))
-            done.draws |= inherited.outside & frozenset(GENERATORS) if inherited else frozenset()
+            done.draws |= inherited.outside & frozenset(_idioms.GENERATORS) if inherited else frozenset()
         return _Function(outside=frozenset(done.draws))
 
 
@@ -684,32 +580,6 @@ class _Done:
 
 def _gradient(name: str) -> str:
     return f"<gradient of {name}>"
-
-
-def _generators_of(callee: str) -> frozenset[str]:
-    """Return the generators that a function seeds."""
-    if callee.startswith("torch."):
-        return frozenset({GENERATORS[0]})
-    if callee.startswith("numpy."):
-        return frozenset({GENERATORS[1]})
-    return frozenset({GENERATORS[2]}) if callee.startswith("random.") else frozenset(GENERATORS)
-
-
-def _drawn_by(callee: str, last: str) -> frozenset[str]:
-    """Return the global generators that a function of a library draws from."""
-    top = callee.partition(".")[0]
-    if top == "torch":
-        layers = callee.startswith("torch.nn.") and (_LAYERS.search(last) or ".init." in callee)
-        return frozenset({GENERATORS[0]}) if _TORCH_DRAWS.match(last) or layers else frozenset()
-    if top in ("torchvision", "timm", "transformers") and last != "from_pretrained":
-        return frozenset({GENERATORS[0]}) if "transforms" not in callee and "datasets" not in callee else frozenset()
-    if callee.startswith("numpy.random."):
-        return frozenset() if _MAKES_GENERATOR.match(last) else frozenset({GENERATORS[1]})
-    if top == "sklearn" and _SKLEARN_DRAWS.match(last):
-        return frozenset({GENERATORS[1]})
-    if callee.startswith("random.") and not _MAKES_GENERATOR.match(last):
-        return frozenset({GENERATORS[2]})
-    return frozenset()
 
 
 def _root(node: ast.AST) -> str | None:

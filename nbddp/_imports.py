@@ -107,11 +107,22 @@ class Imports:
             return 1
         return 3 if not top or self._is_local(top) else 2
 
-    def text(self) -> str:
-        """Return the imports in the usual sections."""
+    def are_python(self, names: Collection[str]) -> bool:
+        """Tell whether names stand for modules that come with Python."""
+        return all(
+            any(name in one.bound and one.plain and self._section(one) == 1 for one in self._all) for name in names
+        )
+
+    def of(self, names: Collection[str]) -> str:
+        """Return the imports of some names."""
+        ones = sorted((one for one in self._all if set(names) & set(one.bound)), key=self._key)
+        return "\n".join(one.text for one in ones)
+
+    def text(self, without: Collection[str] = ()) -> str:
+        """Return the imports in the usual sections, but for those of some names."""
         sections: list[str] = []
         for number in range(4):
-            ones = [one for one in self._all if self._section(one) == number]
+            ones = [one for one in self._all if self._section(one) == number and not set(without) & set(one.bound)]
             # What order other libraries want to be loaded in is theirs to know, and the notebook's.
             ordered = sorted(ones, key=self._key) if number == 1 else ones
             if ones:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from nbddp._cells import Piece, Transform
-from nbddp._effects import SEEDS, Effects, Flow
+from nbddp._effects import Effects, Flow
+from nbddp._idioms import SEEDS
 from nbddp._names import MODULES_OWN
 
 _PYTHONS = frozenset(dir(builtins)) | MODULES_OWN

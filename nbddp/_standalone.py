@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from nbddp._cells import Piece, Transform, dotted, immediate, quoted
-from nbddp._effects import GENERATORS
+from nbddp._idioms import GENERATORS
 from nbddp._imports import Imports
 from nbddp._names import Uses
 from nbddp._needed import Needed, State
@@ -157,6 +157,9 @@ class Script:
         code = {name for node in nodes if not isinstance(node, _IMPORTS) for name in _bound(node)}
         self._imports = Imports(code | self._given | {one.name for one in saved.states}, is_local)
         self._helper = False
+        # Settings that stand above the imports, and the names that they use.
+        self._first: list[str] = []
+        self._first_names: set[str] = set()
 
     @property
     def local_modules(self) -> list[str]:
@@ -177,11 +180,8 @@ class Script:
         code = [*set_up, *same, *above, *self._shown_by_print(), *definitions]
         if self._helper:
             code.append(_Part(_PORTABLE.format(torch=self._imports.spell("torch"))))
-        environment = self._environment()
-        imports = self._imports.text()
-        if environment:
-            imports = "\n".join(line for line in imports.split("\n") if line != "import os").strip("\n")
-        top = [self._docstring(), environment, imports, _joined(code)]
+        settings, first = self._environment()
+        top = [self._docstring(), settings, self._imports.text(without=first), _joined(code)]
         text = "\n\n".join(part for part in top if part)
         last = [part for part in (*main, *own, body, *end) if part]
         blank = "\n\n\n" if not code or code[-1].defines else "\n\n"
@@ -209,14 +209,16 @@ class Script:
         escaped = "\n".join(text).replace("\\", "\\\\").replace('"""', '\\"\\"\\"')
         return f'"""{escaped}\n"""' if "\n" in escaped else f'"""{escaped}"""'
 
-    def _environment(self) -> str:
-        """Return the settings of ``--env``, which libraries are to see when they are imported."""
+    def _environment(self) -> tuple[str, frozenset[str]]:
+        """Return what libraries are to find when they are imported, with the imports that it takes, and their names."""
         values = {name: value for name, value in self._options.env.items() if not name.startswith(_BEFORE_PYTHON)}
-        if not values:
-            return ""
-        return "\n".join(
-            ["import os", "", *(f"os.environ[{quoted(name)}] = {quoted(value)}" for name, value in values.items())]
-        )
+        os_ = self._imports.spell("os") if values else ""
+        lines = [f"{os_}.environ[{quoted(name)}] = {quoted(value)}" for name, value in values.items()]
+        names = self._first_names | ({os_} if values else set())
+        lines += self._first
+        if not lines:
+            return "", frozenset()
+        return f"{self._imports.of(names)}\n\n" + "\n".join(lines), frozenset(names)
 
     # What stands above the cell.
 
@@ -227,13 +229,20 @@ class Script:
         cell = -1
         loads = self._load_before()
         for position, piece in self._needed.pieces:
+            effects = self._needed.effects[position]
             if position == loads:
                 parts += self._load()
-            if not (moved and self._imports.take(piece.node, piece.text)):
-                tight = piece.cell == cell and not piece.gap
-                parts.append(_Part(self._run_async(piece), tight))
-                cell = piece.cell
-            moved = moved and not self._needed.effects[position].setting
+            if moved and self._imports.take(piece.node, piece.text):
+                continue
+            # What is set before libraries are imported stays before them.
+            early = effects.setting and self._imports.are_python(effects.reads & set(self._needed.flow.imports))
+            if early and not parts and "\n" not in piece.text:
+                self._first.append(piece.text)
+                self._first_names |= effects.reads & set(self._needed.flow.imports)
+                continue
+            moved = moved and not early
+            parts.append(_Part(self._run_async(piece), piece.cell == cell and not piece.gap))
+            cell = piece.cell
         if loads == -1:
             parts += self._load()
         return parts
@@ -573,14 +582,15 @@ class Script:
 
     def _kind(self, name: str) -> str:
         """Return what a name is at the end of the cell, as far as its text tells."""
-        bindings = [piece.node for piece in self._body if name in _bound(piece.node)]
-        if not bindings or not isinstance(bindings[-1], ast.Assign | ast.AnnAssign | ast.AugAssign):
-            return ""
-        node = bindings[-1]
-        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-        if not any(isinstance(target, ast.Name) for target in targets) or node.value is None:
-            return ""
-        value = node.value
+        bindings = [value for piece in self._body for value in _values_of(name, piece.node)]
+        kinds = {self._kind_of(value) for value in bindings}
+        if len(kinds) == 1:
+            return kinds.pop()
+        # Of several, the last one counts if it is made for certain.
+        last = next((piece.node for piece in reversed(self._body) if _values_of(name, piece.node)), None)
+        return self._kind_of(bindings[-1]) if isinstance(last, ast.Assign | ast.AnnAssign) else ""
+
+    def _kind_of(self, value: ast.expr) -> str:
         if isinstance(value, ast.Call):
             called = dotted(value.func)
             meaning = self._meaning(called)
@@ -588,32 +598,8 @@ class Script:
                 return "ddp"
             if meaning.startswith("torch.optim.") and "lr_scheduler" not in meaning:
                 return "optimizer"
-            plain = called in (
-                "list",
-                "dict",
-                "tuple",
-                "set",
-                "float",
-                "int",
-                "str",
-                "sum",
-                "len",
-                "sorted",
-                "max",
-                "min",
-            )
-            return "plain" if plain or called.endswith((".item", ".tolist", ".cpu", ".state_dict", ".clone")) else ""
-        kinds = (
-            ast.List,
-            ast.Dict,
-            ast.Tuple,
-            ast.Set,
-            ast.Constant,
-            ast.ListComp,
-            ast.DictComp,
-            ast.BinOp,
-            ast.JoinedStr,
-        )
+            return "plain" if called in _PLAIN or called.endswith(_PLAIN_METHODS) else ""
+        kinds = (ast.List, ast.Dict, ast.Set, ast.Constant, ast.ListComp, ast.DictComp, ast.BinOp, ast.JoinedStr)
         return "plain" if isinstance(value, kinds) else ""
 
     def _meaning(self, name: str) -> str:
@@ -627,6 +613,12 @@ class Script:
                         return f"{module}{alias.name}{dot}{rest}"
         return f"{self._needed.flow.imports.get(first, '')}{dot}{rest}"
 
+
+# Calls of what returns numbers, tensors and collections of them.
+_PLAIN = frozenset(
+    {"list", "dict", "tuple", "set", "float", "int", "str", "sum", "len", "sorted", "max", "min", "round"}
+)
+_PLAIN_METHODS = (".item", ".tolist", ".cpu", ".state_dict", ".clone")
 
 _DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 _IMPORTS = (ast.Import, ast.ImportFrom)
@@ -661,6 +653,22 @@ def _assigned(node: ast.stmt) -> frozenset[str]:
     return frozenset(
         part.id for part in immediate(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)
     )
+
+
+def _values_of(name: str, node: ast.stmt) -> list[ast.expr]:
+    """Return the expressions that a statement assigns to a name, those of augmented assignments left out."""
+    found: list[ast.expr] = []
+    for part in reversed(immediate(node)):
+        if isinstance(part, ast.Assign | ast.AnnAssign) and part.value is not None:
+            for target in part.targets if isinstance(part, ast.Assign) else [part.target]:
+                if isinstance(target, ast.Name) and target.id == name:
+                    found.append(part.value)
+                elif isinstance(target, ast.Tuple) and name in {t.id for t in target.elts if isinstance(t, ast.Name)}:
+                    values = part.value.elts if isinstance(part.value, ast.Tuple) else []
+                    pairs = zip(target.elts, values, strict=False)
+                    of_name = [value for one, value in pairs if isinstance(one, ast.Name) and one.id == name]
+                    found += of_name or [part.value]
+    return found
 
 
 def _awaits(nodes: Sequence[ast.stmt]) -> bool:

@@ -298,6 +298,14 @@ ITS_DEVICE = (
             ["%%ddp --cpus 2\nimport torch.distributed as d\nd.init_process_group('gloo')\nprint(d.get_rank())"],
             ["    if d.is_initialized():\n        d.destroy_process_group()\n"],
         ),
+        (
+            ["import torch\nimport os\nos.environ['A'] = '1'\nimport torch.nn as nn\nx = nn", "%%ddp --cpus 2\nprint(x)"],
+            ['"""\n\nimport os\n\nos.environ[\'A\'] = \'1\'\n\nimport torch.distributed as dist\nimport torch.nn as nn\n\nx = nn\n'],
+        ),
+        (
+            ["%%ddp --cpus 2 --out n,m,h\nn = 0\nfor i in range(3): n += 1\nh, m = [], DDP(f())\nfrom torch.nn.parallel import DistributedDataParallel as DDP"],
+            ['{"n": n, "m": m.module.state_dict(), "h": h}'],
+        ),
         (["%%ddp --cpus 2\n%%time\nx = 1\n%time print(x)"], ["    x = 1\n    print(x)\n"]),
     ],
 )  # fmt: skip

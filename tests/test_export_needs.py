@@ -147,6 +147,15 @@ def test_a_training_on_one_gpu_belongs_only_if_its_model_does(loop: str) -> None
     assert not any("print" in text and "for" not in text for text in with_model)
 
 
+@pytest.mark.parametrize("made", ['{"lr": 0.1}', "SimpleNamespace(lr=0.1)", "C()"])
+def test_a_configuration_is_not_changed_by_who_reads_it(made: str) -> None:
+    config = f"from types import SimpleNamespace\nimport dataclasses\n@dataclasses.dataclass\nclass C:\n    lr: int = 1\ncfg = {made}"
+    read = 'cfg["lr"]' if made.startswith("{") else "cfg.lr"
+    other = f"optimizer = torch.optim.Adam(model.parameters(), lr={read})"
+    assert not any("step()" in text for text in kept("cfg, Net()", TRAINING, config, other, LOOP))
+    assert any("step()" in text for text in kept("cfg, model", TRAINING, config, other, LOOP))
+
+
 def test_steps_that_stand_alone() -> None:
     steps = "loss = criterion(model(data), data)\nloss.backward()\noptimizer.step()\noptimizer.zero_grad()"
     assert kept("model", TRAINING, steps)[-3:] == steps.split("\n")[:3]
