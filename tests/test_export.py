@@ -241,6 +241,17 @@ def test_refusals_in_a_session(new_kernel: Callable[..., Kernel], tmp_path: Path
     assert "train.py is there already; --force replaces it" in kernel.run("%ddp export").message
     kernel.ok("%ddp export --force")
     assert os.listdir(tmp_path) == ["train.py"]
+    # A cell that takes what it brings back, and is run again, begins where it did at first.
+    kernel.ok("y = 1")
+    for _ in range(2):
+        kernel.ok("%%ddp --cpus 1 --out y\ny = y + 1")
+    shown = kernel.ok("%ddp export -o -").text
+    assert "ran before; the script begins as it did at first" in shown
+    assert "\ny = 1\n" in shown
+    kernel.ok("%%ddp --cpus 1 --out y\ny = y * 2")
+    shown = kernel.ok("%ddp export -o again.py").text
+    assert "y, which was brought back by the %%ddp cell" in shown
+    assert "has been bound anew since; what is saved is what it is now" in shown
 
 
 def test_the_readme_shows_what_one_gets(kernel: Kernel, tmp_path: Path) -> None:
