@@ -52,9 +52,9 @@ CONTAINERS = _words("""
 SHOWING_METHODS = _words("""
     head tail describe info sample show plot hist savefig imshow scatter bar boxplot mean sum min max std var item
     tolist numpy size numel dim keys values items get count index format join split value_counts unique nunique
-    isna isnull parameters named_parameters state_dict children modules copy clone detach cpu argmax round to_string summary
-    print dtypes corr groupby norm abs t any all save to_csv to_json to_parquet save_pretrained close flush tight_layout
-    legend set_title set_xlabel set_ylabel set_xlim set_ylim grid display forward
+    isna isnull parameters named_parameters state_dict children modules copy clone detach cpu argmax round
+    to_string summary print dtypes corr groupby norm abs t any all save to_csv to_json to_parquet save_pretrained
+    close flush tight_layout legend set_title set_xlabel set_ylabel set_xlim set_ylim grid display forward
 """)
 
 TORCH_DRAWS = re.compile(
