@@ -10,7 +10,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from nbddp._errors import CaptureError, LaunchError, NbddpError, RankError, ResultError, RunLostError, RunTimeout
+from nbddp._errors import (
+    CaptureError,
+    ExportError,
+    LaunchError,
+    NbddpError,
+    RankError,
+    ResultError,
+    RunLostError,
+    RunTimeout,
+)
 
 if TYPE_CHECKING:
     from nbddp._function import launch
@@ -19,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CaptureError",
+    "ExportError",
     "LaunchError",
     "NbddpError",
     "RankError",

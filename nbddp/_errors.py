@@ -8,7 +8,8 @@
     ├── RunLostError      what the ranks depend on was ended by something else, and they with it
     ├── RankError         a rank raised, exited or died; the cell has failed
     ├── RunTimeout        --timeout passed (also a TimeoutError)
-    └── ResultError       the cell ran, but the names of --out could not be brought back
+    ├── ResultError       the cell ran, but the names of --out could not be brought back
+    └── ExportError       a cell cannot be written as a script; nothing was written
 
 An interrupted run raises a plain KeyboardInterrupt, so that "Run All" stops as it does for any cell.
 
@@ -43,6 +44,11 @@ class NbddpError(Exception):
         # Outside IPython, the interpreter prints notes below the traceback.
         for text in (*details, *notes):
             self.add_note(text)
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        """Lines that belong above the message."""
+        return self._details
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exceptions are unpickled by calling their type with `args`, which lack what is keyword-only.
@@ -93,6 +99,10 @@ class ResultError(NbddpError):
     def __init__(self, message: str, *, results: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
         self.results: dict[Any, Any] = dict(results or {})
+
+
+class ExportError(NbddpError):
+    """A cell cannot be written as a script; nothing has been written."""
 
 
 class RankError(NbddpError):

@@ -23,7 +23,7 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_cell_magic, magics_class
 from traitlets import Bool, Float, Int
 
-from nbddp import _closure, _doctor, _job, _kept, _logs, _names, _running, _settings
+from nbddp import _cells, _closure, _doctor, _job, _kept, _logs, _names, _running, _settings
 from nbddp._errors import LaunchError, NbddpError, RankError, ResultError
 from nbddp._function import client
 from nbddp._options import HelpAsked, OptionError, Options, help_text, option_names, parse
@@ -80,6 +80,17 @@ def _cell_number(shell: Any) -> int:
     return max(len(shell.history_manager.input_hist_parsed) - 1, 0)
 
 
+class _LineParser(argparse.ArgumentParser):
+    """Reads what stands behind a word of ``%ddp``."""
+
+    def __init__(self, usage: str) -> None:
+        super().__init__(add_help=False, allow_abbrev=False)
+        self._usage = usage
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{self._usage.partition(' [')[0]}: {message}. {self._usage}")
+
+
 @magics_class
 class DDPMagics(Magics):
     """The magics; settings as in ``%config DDPMagics.grace = 10``."""
@@ -119,6 +130,7 @@ class DDPMagics(Magics):
             raise UsageError(str(error)) from None
         job = self._job(line, cell, options)
         self._last_cell = line, cell
+        self._expanded[_cell_number(self.shell)] = line
         if options.dry_run:
             sys.stdout.write(_job.dry_run(job, client) + "\n")
             return None
@@ -217,6 +229,12 @@ class DDPMagics(Magics):
     _left_over: Mapping[str, Any] = MappingProxyType({})
     _last_cell: tuple[str, str] | None = None
 
+    def __init__(self, shell: Any) -> None:
+        super().__init__(shell)
+        # By execution count: at which line a cell has failed; what its options were, with variables filled in.
+        self._failed: dict[int, int] = {}
+        self._expanded: dict[int, str] = {}
+
     def _line(self, line: str) -> dict[str, Any] | None:
         try:
             words = shlex.split(line)
@@ -248,13 +266,14 @@ class DDPMagics(Magics):
                 return dict(self._left_over)
             case ["doctor"]:
                 _examine()
+            case ["export", *asked]:
+                self._export(asked)
             case ["explain", *names]:
                 sys.stdout.write("\n".join(self._explain(names)) + "\n")
             case _:
                 raise UsageError(
-                    f"%ddp {line}: there are only %ddp log, status, stacks, results, explain, doctor, push, pull, stop "
-                    "and auto (%ddp -h); "
-                    "a cell that runs on ranks begins with %%ddp"
+                    f"%ddp {line}: there are only %ddp log, status, stacks, results, explain, export, doctor, push, "
+                    "pull, stop and auto (%ddp -h); a cell that runs on ranks begins with %%ddp"
                 )
         return None
 
@@ -348,6 +367,56 @@ class DDPMagics(Magics):
             return lines
         return [f"%%ddp {self._auto_options} --auto\n", *lines]
 
+    def _export(self, words: Sequence[str]) -> None:
+        """Write a cell of this session as a script."""
+        from nbddp import _export
+
+        parser = _LineParser("%ddp export [--cell NUMBER] [-o FILE] [--force]")
+        parser.add_argument("--cell")
+        parser.add_argument("-o", "--output")
+        parser.add_argument("--force", action="store_true")
+        given = parser.parse_args(words)
+        shell = self.shell
+        exported = _export.from_session(
+            self._cells_so_far(),
+            _export.Session(shell.user_ns, shell.user_ns_hidden),
+            shell.transform_cell,
+            given.cell,
+            given.output,
+            force=given.force,
+        )
+        for note in exported.notes:
+            sys.stdout.write(f"nbddp: {note}\n")
+        if exported.path is None:
+            sys.stdout.write(exported.text)
+            return
+        beside = f", with {os.path.relpath(exported.values)}" if exported.values else ""
+        sys.stdout.write(f"{os.path.relpath(exported.path)} is written{beside}; {exported.command}\n")
+
+    def _cells_so_far(self) -> list[_cells.Cell]:
+        """Return the cells that have run in this session, in order, without the one that runs."""
+        raw = self.shell.history_manager.input_hist_raw
+        return [
+            _cells.Cell(
+                source,
+                number,
+                stopped=self._failed.get(number),
+                options=self._expanded.get(number),
+            )
+            for number, source in enumerate(raw)
+            if 0 < number < _cell_number(self.shell) and source.strip()
+        ]
+
+    def note_failure(self, result: Any) -> None:
+        """Remember where a cell has failed: what stands below that line has not run."""
+        error, number = result.error_in_exec, result.execution_count
+        if error is None or number is None:
+            return
+        tb = error.__traceback__
+        while tb is not None and tb.tb_frame.f_globals is not self.shell.user_ns:
+            tb = tb.tb_next
+        self._failed[number] = tb.tb_lineno if tb is not None else 1
+
     def _explain(self, names: Sequence[str]) -> list[str]:
         """Return lines on what the last cell, or these names, would send."""
         space = self.shell.user_ns
@@ -424,6 +493,9 @@ LINE_HELP = """\
 %ddp stacks      where each rank is at this moment, likewise; an interrupt and --timeout say it, too
 %ddp explain     what the last %%ddp cell takes from the notebook: types, sizes, by value or by reference
 %ddp explain A B the same for variables
+%ddp export [-o FILE] [--cell NUMBER] [--force]
+                 write the last %%ddp cell, or the one with this number, as a script for plain torchrun, with all that
+                 it needs of the other cells (default: train.py); values that only the notebook has go beside it
 %ddp doctor      what may stop a run, or did, and what to do: GPUs, a real all-reduce, memory, limits, names
 %ddp results     what the last run brought back and could not assign, since something else was missing
 %%ddp -h         how to run a cell on several ranks
@@ -485,6 +557,8 @@ def load(shell: Any) -> None:
         raise LaunchError("nbddp needs Linux or macOS; on Windows, use it inside WSL")
     magics = DDPMagics(shell)
     shell.register_magics(magics)
+
+    shell.events.register("post_run_cell", magics.note_failure)
     shell.input_transformers_cleanup.insert(0, _keep_empty_body)
     shell.input_transformers_cleanup.append(magics.send_to_ranks)
     shell.set_hook("complete_command", _complete, str_key="%%ddp")
@@ -504,6 +578,9 @@ def unload(shell: Any) -> None:
     for ours in (_keep_empty_body, getattr(magics, "send_to_ranks", None)):
         with contextlib.suppress(ValueError):
             transformers.remove(ours)
+    if magics is not None:
+        with contextlib.suppress(ValueError):
+            shell.events.unregister("post_run_cell", magics.note_failure)
     _kept.drop()
     # IPython has no call that takes a hook away again.
     shell.strdispatchers["complete_command"].strs.pop("%%ddp", None)

@@ -43,6 +43,7 @@ class Uses:
     Attributes:
         taken: Lines on which each name is taken that the cell did not bind before.
         bound: Names that the cell binds somewhere.
+        certain: Names that are bound for certain when it has run to its end.
         dynamic: The cell may bind names that its text does not show (``exec``, ``from x import *``, magics).
     """
 
@@ -57,7 +58,7 @@ class Uses:
         self.bound: set[str] = set()
         self.dynamic = False
         self._transform = transform
-        self._block(body, frozenset())
+        self.certain = self._block(body, frozenset())
 
     def _block(self, body: Iterable[ast.stmt], bound: frozenset[str]) -> frozenset[str]:
         """Read statements that run one after the other; return what is bound for certain afterwards."""

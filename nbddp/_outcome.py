@@ -12,6 +12,9 @@ from typing import Any
 # Characters of a message, or of a line of a traceback, that are sent.
 _LONGEST = 20_000
 
+# The report on a cell that was torn away from so late that nothing else is to be said of it.
+INTERRUPTED: dict[str, Any] = {"outcome": "interrupted", "lines": ()}
+
 
 def outcome_of(error: BaseException | None, lines: tuple[str, ...]) -> dict[str, Any]:
     """Return the report on what the cell raised, if anything."""

@@ -29,9 +29,21 @@ import traceback
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nbddp import _palette, _plots, _process, _raised, _repair, _results, _serve, _settings, _uplink, _workers
+from nbddp import (
+    _interrupts,
+    _palette,
+    _plots,
+    _process,
+    _raised,
+    _repair,
+    _results,
+    _serve,
+    _settings,
+    _uplink,
+    _workers,
+)
 from nbddp._names import MODULES_OWN
-from nbddp._outcome import outcome_of, show_sources
+from nbddp._outcome import INTERRUPTED, outcome_of, show_sources
 from nbddp._paths import RunDir
 from nbddp._pickling import Pickler, Target, load, load_file
 from nbddp._results import Wanted
@@ -188,12 +200,15 @@ def run(namespace: dict[str, Any]) -> None:
         _serve_cells(_state.kept, _state.notebook)
         _leave({"outcome": "done"})
         return
+    outcome = _interrupts.interruptibly(functools.partial(_whatever_happens, namespace))
+    _leave(outcome or INTERRUPTED)
+
+
+def _whatever_happens(namespace: dict[str, Any]) -> dict[str, Any]:
     try:
-        outcome = _run_cell(namespace, **_state.arguments)
+        return _run_cell(namespace, **_state.arguments)
     except BaseException as error:
-        _leave(outcome_of(error, ()))
-    else:
-        _leave(outcome)
+        return outcome_of(error, ())
 
 
 def _serve_cells(kept: _serve.Kept, notebook: _uplink.Uplink) -> None:
@@ -208,7 +223,8 @@ def _serve_cells(kept: _serve.Kept, notebook: _uplink.Uplink) -> None:
         _state.write_exception = _State.write_exception
         outcome = kept.run(request, _state, functools.partial(_run_cell, kept.namespace), notebook.begin)
         notebook.report(times=_state.times, **outcome)
-        pickled = _state.write_exception() if outcome["outcome"] != "done" else None
+        failed = outcome["outcome"] != "done"
+        pickled = _interrupts.interruptibly(_state.write_exception) if failed else None
         notebook.idle(pickled, kept.held(), kept.backend())
 
 
@@ -255,6 +271,7 @@ def _run_cell(
 
 def _leave(outcome: dict[str, Any]) -> None:
     """Do what a script does at its end, report, leave the process group and return to torchrun."""
+    _interrupts.ignore()
     failed = outcome["outcome"] != "done"
     notebook = _state.notebook
     pickled = None
@@ -262,7 +279,7 @@ def _leave(outcome: dict[str, Any]) -> None:
         if notebook is not None and failed:
             # At once: a thread that never ends must not keep a failure from being seen.
             notebook.report(times=_state.times, **outcome)
-            pickled = _state.write_exception()
+            pickled = _interrupts.interruptibly(_state.write_exception)
         elif failed:
             text = "\n".join(outcome.get("lines", ()))
             print(text if sys.stderr.isatty() else _palette.uncoloured(text), file=sys.stderr)  # noqa: T201
@@ -293,7 +310,12 @@ def _end_as_a_script() -> None:
     be too late to show what they print.
     """
     for stage in (threading._shutdown, atexit._run_exitfuncs):  # type: ignore[attr-defined]
-        try:
-            stage()
-        except BaseException:  # an interrupt ends the wait for a thread, not what comes after it
-            traceback.print_exc()
+        # An interrupt ends the wait for a thread, not what comes after it.
+        _interrupts.interruptibly(functools.partial(_whatever_it_raises, stage))
+
+
+def _whatever_it_raises(stage: Callable[[], object]) -> None:
+    try:
+        stage()
+    except BaseException:
+        traceback.print_exc()

@@ -6,14 +6,13 @@ What the rank holds wins: a name that comes with a cell is bound only where the 
 from __future__ import annotations
 
 import base64
-import signal
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nbddp import _group, _plots
+from nbddp import _group, _interrupts, _plots
 from nbddp._names import GIVEN_NAMES
-from nbddp._outcome import outcome_of, show_sources
+from nbddp._outcome import INTERRUPTED, outcome_of, show_sources
 from nbddp._paths import RunDir
 from nbddp._pickling import Target, load, load_file
 from nbddp._uplink import Uplink
@@ -34,7 +33,7 @@ class Kept:
         self._received: dict[int, Any] = {}
         # What is here before the first cell is nobody's but nbddp's.
         self._own = frozenset(namespace)
-        signal.signal(signal.SIGINT, _ignore)
+        _interrupts.ignore()
 
     def next_request(self, notebook: Uplink) -> dict[str, Any] | None:
         """Wait for the next request; None if there are to be no more."""
@@ -56,19 +55,22 @@ class Kept:
             run_cell: Runs the cell, given its arguments.
             begin: Tells the notebook that the cell begins.
         """
+        outcome = _interrupts.interruptibly(lambda: self._whatever_happens(request, state, run_cell, begin))
+        return outcome or dict(INTERRUPTED)
+
+    def _whatever_happens(
+        self,
+        request: Mapping[str, Any],
+        state: Any,
+        run_cell: Callable[..., dict[str, Any]],
+        begin: Callable[[str], None],
+    ) -> dict[str, Any]:
         try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            try:
-                # From here on an interrupt is the cell's to handle, though its names are not there yet.
-                begin(request["arguments"]["filename"])
-                return self._run(request, state, run_cell)
-            except BaseException as error:
-                return outcome_of(error, ())
-            finally:
-                signal.signal(signal.SIGINT, _ignore)
-        except KeyboardInterrupt:  # a second one, or one that came when the cell was just over
-            signal.signal(signal.SIGINT, _ignore)
-            return {"outcome": "interrupted", "lines": ()}
+            # From here on an interrupt is the cell's to handle, though its names are not there yet.
+            begin(request["arguments"]["filename"])
+            return self._run(request, state, run_cell)
+        except BaseException as error:
+            return outcome_of(error, ())
 
     def _run(self, request: Mapping[str, Any], state: Any, run_cell: Callable[..., dict[str, Any]]) -> dict[str, Any]:
         target = Target(self.namespace, self.namespace, sender_has=self._received, device=self._device)
@@ -123,10 +125,6 @@ class Kept:
         except Exception as error:
             return f"{type(error).__name__}: {error}"
         return ""
-
-
-def _ignore(*_: object) -> None:
-    """Do nothing: an interrupt between two cells has come too late. A handler, so that sleeping calls still wake."""
 
 
 def _kind(value: Any) -> str:

@@ -79,7 +79,8 @@ def test_a_sound_machine(kernel: Kernel) -> None:
 
 def test_it_takes_no_arguments_and_the_help_has_it(kernel: Kernel) -> None:
     assert (
-        "there are only %ddp log, status, stacks, results, explain and doctor" in kernel.run("%ddp doctor now").stderr
+        "there are only %ddp log, status, stacks, results, explain, export and doctor"
+        in kernel.run("%ddp doctor now").stderr
     )
     assert "%ddp doctor" in kernel.ok("%ddp -h").text
 

@@ -42,7 +42,7 @@ def test_what_it_shows_is_what_one_gets(kernel: Kernel) -> None:
             assert comparable(shown) == comparable(expected)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/design.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/export.md"])
 def test_no_link_is_broken(name: str) -> None:
     text = (ROOT / name).read_text()
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):

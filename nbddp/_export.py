@@ -1,0 +1,549 @@
+"""A ``%%ddp`` cell becomes a script: from a notebook's file, or from the session of a live kernel.
+
+::
+
+    cells ──> statements ──> those that are needed ──> script
+    nbformat  _cells         _effects, _needed         _standalone, _imports
+
+What a file cannot tell, the values that names have, a live kernel saves beside the script (`_values`).
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from nbddp import _cells, _needed, _standalone
+from nbddp._cells import Cell, Piece, Transform
+from nbddp._errors import ExportError
+from nbddp._names import GIVEN_NAMES, Uses
+from nbddp._needed import Needed, State
+from nbddp._options import HelpAsked, OptionError, Options, parse
+from nbddp._standalone import CannotExport, Origin, Saved, Script
+
+# A magic that changes what the cells below find, and whose counterpart is a command that somebody has to run.
+_COMMAND = re.compile(r"!|%(pip|conda|mamba|uv|cd|run|pylab|store)\b|%%(bash|sh|script|writefile|pylab)\b")
+
+_EXPANSION = re.compile(r"\{(\w+)\}|\$(\w+)")
+
+# IPython's names for what cells have shown or were.
+_HISTORY = re.compile(r"_+$|_\d+$|_i+$|_i\d+$|_o?h$|_dh$|In$|Out$")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A script that has been written.
+
+    Attributes:
+        path: Its file; None if it was only asked for as text.
+        text: What is in it.
+        command: The command line that runs it.
+        values: The file beside it that holds values of the notebook; None if there is none.
+        missing: Names whose values are still to be supplied.
+        notes: What its user should know, a sentence each.
+    """
+
+    path: str | None
+    text: str
+    command: str
+    values: str | None = None
+    missing: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a live kernel knows.
+
+    Attributes:
+        namespace: Its user's names, and their values.
+        hidden: What of it is IPython's own.
+    """
+
+    namespace: Mapping[str, Any]
+    hidden: Mapping[str, Any]
+
+    def has(self, name: str) -> bool:
+        """Tell whether the user has given a name a value."""
+        if name not in self.namespace:
+            return False
+        nothing = object()
+        return _HISTORY.match(name) is not None or self.namespace[name] is not self.hidden.get(name, nothing)
+
+
+@dataclass
+class _Job:
+    """One export.
+
+    Attributes:
+        cells: All cells.
+        chosen: The position of the ``%%ddp`` cell among them.
+        notebook: What to call the notebook.
+        folder: Where it finds modules of its own.
+        output: Where the script goes; ``-`` for nowhere.
+        transform: IPython's transformation of a cell into Python.
+        session: The live kernel; None if there is only a file.
+        notes: What its user should know.
+    """
+
+    cells: Sequence[Cell]
+    chosen: int
+    notebook: str
+    folder: str
+    output: str
+    transform: Transform
+    session: Session | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def place(self) -> str:
+        return f"cell {self.cells[self.chosen].label}"
+
+
+def from_file(path: str, cell: str | None = None, output: str | None = None, *, force: bool = False) -> Exported:
+    """Write a cell of a notebook's file as a script.
+
+    Args:
+        path: The notebook's file.
+        cell: The number that the notebook shows beside the cell, or a tag of it; None for the only one.
+        output: The script's file; None for the notebook's name, ending in ``.py``; ``-`` to write none.
+        force: Whether to replace a file that is there.
+
+    Raises:
+        ExportError: The message says what failed; nothing has been written.
+    """
+    from IPython.core.inputtransformer2 import TransformerManager
+
+    cells = _read(path)
+    if output is None:
+        output = f"{os.path.splitext(path)[0]}.py"
+    chosen = _chosen(cells, cell, path)
+    folder = os.path.dirname(os.path.abspath(path))
+    job = _Job(cells, chosen, os.path.basename(path), folder, output, TransformerManager().transform_cell)
+    return _export(job, force=force)
+
+
+def from_session(
+    cells: Sequence[Cell],
+    session: Session,
+    transform: Transform,
+    cell: str | None = None,
+    output: str | None = None,
+    *,
+    force: bool = False,
+) -> Exported:
+    """Write a cell that a live kernel has run as a script.
+
+    Args:
+        cells: The cells in the order in which they ran.
+        session: What the kernel knows.
+        transform: IPython's transformation of a cell into Python.
+        cell: The number that the notebook shows beside the cell; None for the last ``%%ddp`` cell.
+        output: The script's file; None for ``train.py``; ``-`` to write none.
+        force: Whether to replace a file that is there.
+
+    Raises:
+        ExportError: The message says what failed; nothing has been written.
+    """
+    found = [i for i, one in enumerate(cells) if one.ddp is not None]
+    if not found:
+        raise ExportError("%ddp export: no %%ddp cell has run yet in this session")
+    if cell is None:
+        chosen = found[-1]
+    elif not cell.isdigit():
+        raise ExportError(
+            f"%ddp export --cell {cell}: a live session knows cells by number, as in --cell {cells[found[-1]].number}; "
+            f"for a tag, save the notebook and run nbddp export NOTEBOOK.ipynb --cell {cell}"
+        )
+    else:
+        chosen = _numbered(cells, int(cell), f"%ddp export --cell {cell}", "this session")
+    # A cell that was run again starts again: what its own earlier runs have brought back is not where it began.
+    source = cells[chosen].source
+    kept = [one for i, one in enumerate(cells) if i == chosen or one.ddp is None or one.source != source]
+    job = _Job(kept, kept.index(cells[chosen]), "a notebook", os.getcwd(), output or "train.py", transform, session)
+    if any(one.source == source for one in cells[:chosen]):
+        job.notes.append(f"{job.place} ran before; the script begins as it did at first")
+    return _export(job, force=force)
+
+
+def _read(path: str) -> list[Cell]:
+    """Return the code cells of a notebook's file.
+
+    Raises:
+        ExportError: It is no notebook that can be read.
+    """
+    import nbformat
+
+    try:
+        with open(path, encoding="utf-8") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of fields that newer versions want
+            text = file.read()
+            version = nbformat.reader.parse_json(text)["nbformat"]
+            notebook = nbformat.reads(text, as_version=4)
+    except FileNotFoundError:
+        raise ExportError(f"there is no notebook {path}") from None
+    except IsADirectoryError:
+        raise ExportError(f"{path} is a folder; give a notebook in it") from None
+    except OSError as error:
+        raise ExportError(f"{path} cannot be read: {error.strerror}") from None
+    except (KeyError, TypeError):
+        raise ExportError(f"{path} is no notebook: it does not say which nbformat it is in") from None
+    except Exception as error:  # of JSON, of nbformat, or of whatever is in the file
+        reason = str(error).strip().splitlines()
+        raise ExportError(f"{path} is no notebook: {reason[0][:200] if reason else type(error).__name__}") from None
+    if version < 4:
+        raise ExportError(
+            f"{path} is in nbformat {version}, which ended in 2015; jupyter nbconvert --to notebook --inplace {path} "
+            "brings it up to date"
+        )
+    metadata = notebook.metadata
+    language = metadata.get("language_info", {}).get("name") or metadata.get("kernelspec", {}).get("language")
+    if language not in (None, "python"):
+        raise ExportError(f"{path} is a notebook of {language}; nbddp exports Python")
+    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
+    saved = [cell.get("execution_count") for cell in code]
+    # Without numbers, those that "run all" would give.
+    numbers = saved if any(number is not None for number in saved) else [*range(1, len(code) + 1)]
+    return [
+        Cell(cell.source, number, tuple(cell.metadata.get("tags", ())))
+        for cell, number in zip(code, numbers, strict=True)
+    ]
+
+
+def _chosen(cells: Sequence[Cell], asked: str | None, path: str) -> int:
+    """Return the position of the cell that is asked for.
+
+    Raises:
+        ExportError: There is none, or more than one.
+    """
+    found = [i for i, cell in enumerate(cells) if cell.ddp is not None]
+    if not found:
+        raise ExportError(f"{path} has no %%ddp cell; nbddp exports cells that begin with %%ddp")
+    if asked is None:
+        if len(found) == 1:
+            return found[0]
+        raise ExportError(
+            f"{path} has {len(found)} %%ddp cells; say which by --cell NUMBER or --cell TAG", details=_listed(cells)
+        )
+    if asked.isdigit():
+        return _numbered(cells, int(asked), f"--cell {asked}", path)
+    tagged = [i for i in found if asked in cells[i].tags]
+    if len(tagged) == 1:
+        return tagged[0]
+    if tagged:
+        raise ExportError(f"--cell {asked}: {len(tagged)} %%ddp cells have this tag", details=_listed(cells))
+    raise ExportError(f"--cell {asked}: no %%ddp cell of {path} has this tag", details=_listed(cells))
+
+
+def _numbered(cells: Sequence[Cell], number: int, asked: str, where: str) -> int:
+    there = [i for i, cell in enumerate(cells) if cell.number == number]
+    found = [i for i in there if cells[i].ddp is not None]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        problem = f"{len(found)} cells of {where} have this number; run it anew"
+    else:
+        problem = f"cell [{number}] of {where} {'is no %%ddp cell' if there else 'is not there'}; these are"
+    raise ExportError(f"{asked}: {problem}", details=_listed(cells))
+
+
+def _listed(cells: Sequence[Cell]) -> tuple[str, ...]:
+    """Return a line for each ``%%ddp`` cell."""
+    lines = []
+    for cell in cells:
+        if cell.ddp is not None:
+            first = next((line for line in cell.ddp[1].split("\n") if line.strip()), "")
+            tags = f"  (tagged {', '.join(cell.tags)})" if cell.tags else ""
+            lines.append(f"  {cell.label:>5}  {f'%%ddp {cell.ddp[0]}'.rstrip()}{tags}  {first.strip():.60}".rstrip())
+    return tuple(lines)
+
+
+def _export(job: _Job, *, force: bool) -> Exported:
+    """Write the script, and what belongs beside it."""
+    path = None if job.output == "-" else os.path.abspath(os.path.expanduser(job.output))
+    if path is not None:
+        _check_target(path, force=force)
+    found = job.cells[job.chosen].ddp
+    assert found is not None
+    line, source = found
+    above = _above(job)
+    options = _options(job, line, above)
+    body = _body(job, source)
+    tree = [piece.node for piece in body if piece.text]
+    uses = Uses(tree, job.transform)
+    _check_wanted(job, options, uses)
+    given = _given(job, above)
+    needed, saved, values = _collect(job, above, uses, given)
+    ran = dict.fromkeys(piece.magic.split("\n")[0] for piece in above if _COMMAND.match(piece.magic))
+    script = Script(
+        Origin(job.notebook, job.cells[job.chosen].label, line, tuple(ran)),
+        path or "train.py",
+        options,
+        needed,
+        body,
+        uses,
+        given,
+        saved,
+        job.transform,
+        lambda name: _is_local(name, job.folder),
+    )
+    if values and path is None:
+        raise ExportError(
+            f"{', '.join(values)} would have to be saved beside the script; give it a file, by -o train.py"
+        )
+    written = _Files(path, force=force)
+    with written:
+        if values:
+            plain = written.values(values)
+            script.saved = replace(saved, plain=plain)
+        try:
+            text = script.text()
+        except CannotExport as error:
+            raise ExportError(f"{job.place}, {error}") from None
+        written.script(text)
+    _note(job, script, saved, path)
+    return Exported(
+        path,
+        text,
+        _standalone.command(options, path or "train.py"),
+        written.values_path if values else None,
+        tuple(sorted(saved.missing)),
+        tuple(job.notes),
+    )
+
+
+def _above(job: _Job) -> list[Piece]:
+    """Return the statements of the cells above the chosen one; of other ``%%ddp`` cells, what they brought back."""
+    found: list[Piece] = []
+    for position, cell in enumerate(job.cells[: job.chosen]):
+        if cell.ddp is not None:
+            try:
+                options = parse(cell.ddp[0])
+            except (OptionError, HelpAsked):  # it has brought nothing back
+                continue
+            names = frozenset((*options.out, *options.gather))
+            why = f"brought back by the %%ddp cell {cell.label}"
+            found.append(Piece(_cells.nothing(), "", cell=position, state=why, binds=names))
+            continue
+        try:
+            found += _cells.pieces(cell, job.transform, position)
+        except SyntaxError as error:  # it has never run
+            job.notes.append(f"cell {cell.label} was left out: {error.msg}, line {error.lineno}")
+    return found
+
+
+def _options(job: _Job, line: str, above: Sequence[Piece]) -> Options:
+    """Read the options of the cell."""
+    if job.session is None:
+        line = _EXPANSION.sub(lambda match: _constant(match[1] or match[2], above) or match[0], line)
+    try:
+        return parse(line)
+    except HelpAsked:
+        raise ExportError(f"{job.place} only asks for help: %%ddp {line}") from None
+    except OptionError as error:
+        raise ExportError(f"{job.place}, %%ddp {line}: {error}") from None
+
+
+def _constant(name: str, above: Sequence[Piece]) -> str | None:
+    """Return what a name stands for in the options, if a cell above says it in so many words."""
+    for piece in reversed(above):
+        node = piece.node
+        if isinstance(node, ast.Assign) and any(isinstance(t, ast.Name) and t.id == name for t in node.targets):
+            return str(node.value.value) if isinstance(node.value, ast.Constant) else None
+    return None
+
+
+def _body(job: _Job, source: str) -> list[Piece]:
+    try:
+        body = _cells.python(source, job.transform)
+        compile(ast.Module([piece.node for piece in body], []), "<cell>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    except SyntaxError as error:
+        raise ExportError(f"{job.place} has a syntax error on line {(error.lineno or 0) + 1}: {error.msg}") from None
+    if any(piece.magic.startswith("%%") for piece in body):
+        raise ExportError(f"{job.place} is no Python: it begins with {body[0].magic}")
+    return body
+
+
+def _check_wanted(job: _Job, options: Options, uses: Uses) -> None:
+    for name in (*options.out, *options.gather):
+        if name not in uses.bound and name not in uses.taken and not uses.dynamic:
+            raise ExportError(f"{job.place}: --out or --gather asks for {name}, which the cell never binds")
+
+
+def _given(job: _Job, above: Sequence[Piece]) -> frozenset[str]:
+    """Return the names that the notebook leaves to nbddp."""
+    given = set(GIVEN_NAMES)
+    for name in GIVEN_NAMES:
+        last = next((p for p in reversed(above) if name in (Uses([p.node], job.transform).certain | p.binds)), None)
+        if last is None:
+            if job.session is not None and job.session.has(name):
+                given.discard(name)
+        # "The" GPU of a notebook is each rank's own under %%ddp.
+        elif name != "device" or "cuda" not in last.text or "device(" not in last.text:
+            given.discard(name)
+    return frozenset(given)
+
+
+def _collect(
+    job: _Job, above: Sequence[Piece], uses: Uses, given: frozenset[str]
+) -> tuple[Needed, Saved, dict[str, Any]]:
+    """Return what the cell needs: statements, and values."""
+    session = job.session
+    names = set(uses.taken)
+    while True:
+        needed = _needed.find(
+            above, names, job.transform, given=given, alive=session.has if session is not None else lambda _: False
+        )
+        if any(module.partition(".")[0] == "nbddp" for name, module in needed.flow.imports.items() if name in names):
+            raise ExportError(f"{job.place} uses nbddp itself, which its script is to do without")
+        states = {one.name: one for one in needed.state}
+        states |= {name: State(name, _unknown(job, name)) for name in needed.unknown if _is_wanted(job, name, needed)}
+        values = {n: session.namespace[n] for n in states if session is not None and session.has(n)}
+        if not values:
+            break
+        from nbddp import _values
+
+        contents = [_values.look(name, value, states[name].why) for name, value in values.items()]
+        definitions = {name for one in contents for name in one.definitions}
+        if definitions <= names:
+            break
+        names |= definitions
+    gpus = sorted({index for one in contents for index in one.gpus}) if values else []
+    for name in values:
+        _note_if_replaced(job, states[name], above)
+    order = sorted(states.values(), key=lambda one: (one.position, one.name))
+    saved = Saved(tuple(order), frozenset(states) - frozenset(values), gpus=tuple(gpus))
+    return needed, saved, values
+
+
+def _is_wanted(job: _Job, name: str, needed: Needed) -> bool:
+    """Tell whether a name that no cell above binds has to be supplied."""
+    if name == "display":  # has a counterpart
+        return False
+    if needed.stars and (job.session is None or not job.session.has(name)):
+        return False
+    # What a live kernel has not either, the cell ran without.
+    return job.session is None or job.session.has(name)
+
+
+def _unknown(job: _Job, name: str) -> str:
+    if _HISTORY.match(name):
+        return "what a cell has shown"
+    for cell in job.cells[job.chosen + 1 :]:
+        with contextlib.suppress(SyntaxError):
+            text = cell.ddp[1] if cell.ddp is not None else cell.source
+            if any(name in Uses([piece.node], job.transform).bound for piece in _cells.python(text, job.transform)):
+                return f"bound only below, by cell {cell.label}"
+    return "bound by no cell" + ("" if job.session is None else " of this session")
+
+
+def _note_if_replaced(job: _Job, state: State, above: Sequence[Piece]) -> None:
+    """Note a value that is no longer the one that the cell has been given."""
+    after = [piece for i, piece in enumerate(above) if i > state.position >= 0]
+    bound = any(state.name in Uses([p.node], job.transform).certain | p.binds for p in after)
+    found = job.cells[job.chosen].ddp
+    options = parse(found[0]) if found else Options()
+    if bound or state.name in (*options.out, *options.gather):
+        job.notes.append(
+            f"{state.name}, which was {state.why}, has been bound anew since; what is saved is what it is now"
+        )
+
+
+def _is_local(name: str, folder: str) -> bool:
+    return os.path.isfile(os.path.join(folder, f"{name}.py")) or os.path.isfile(
+        os.path.join(folder, name, "__init__.py")
+    )
+
+
+def _note(job: _Job, script: Script, saved: Saved, path: str | None) -> None:
+    """Note what the script's user has to do."""
+    if saved.missing:
+        listed = ", ".join(f"{one.name} ({one.why})" for one in saved.states if one.name in saved.missing)
+        job.notes.append(
+            f"only a running notebook has {listed}; %ddp export there saves the values, or see the script for where "
+            "to supply them"
+        )
+    modules = script.local_modules
+    if modules and path is not None and os.path.dirname(path) != job.folder:
+        job.notes.append(f"it imports {', '.join(modules)} from {job.folder}; copy that along")
+    if "download=True" in script.source:
+        job.notes.append("each rank downloads for itself what the notebook downloaded once; download it before the run")
+
+
+def _check_target(path: str, *, force: bool) -> None:
+    folder = os.path.dirname(path)
+    if os.path.isdir(path):
+        raise ExportError(f"-o {path}: that is a folder; give the name of a file in it")
+    if not os.path.isdir(folder):
+        raise ExportError(f"-o {path}: there is no folder {folder}; make it first")
+    if not path.endswith(".py"):
+        raise ExportError(f"-o {path}: the name of a script ends in .py")
+    if not force and os.path.lexists(path):
+        raise ExportError(f"{path} is there already; --force replaces it, -o gives the script another name")
+
+
+class _Files:
+    """The files of an export: all of them are written, or none.
+
+    Args:
+        path: The script's; None to write nothing.
+        force: Whether to replace what is there.
+    """
+
+    def __init__(self, path: str | None, *, force: bool) -> None:
+        self._path = path
+        self._force = force
+        self._made: list[tuple[str, str]] = []
+
+    @property
+    def values_path(self) -> str | None:
+        """The file of the notebook's values."""
+        return (
+            None
+            if self._path is None
+            else os.path.join(os.path.dirname(self._path), _standalone.beside(self._path, "state"))
+        )
+
+    def values(self, values: Mapping[str, Any]) -> bool:
+        """Write the notebook's values; return whether they load as plain data."""
+        from nbddp import _values
+
+        path = self.values_path
+        assert path is not None
+        if not self._force and os.path.lexists(path):
+            raise ExportError(f"{path} is there already; --force replaces it, -o gives the script another name")
+        return self._write(path, lambda file: _values.write(values, file))
+
+    def script(self, text: str) -> None:
+        """Write the script."""
+        if self._path is not None:
+            self._write(self._path, lambda file: file.write(text.encode()) > 0)
+
+    def _write(self, path: str, write: Callable[[Any], bool]) -> bool:
+        try:
+            descriptor, name = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".nbddp-export-")
+            self._made.append((name, path))
+            with os.fdopen(descriptor, "wb") as file:
+                umask = os.umask(0o077)
+                os.umask(umask)
+                os.fchmod(file.fileno(), 0o666 & ~umask)
+                return write(file)
+        except OSError as error:
+            raise ExportError(f"{path} cannot be written: {error.strerror or error}") from None
+
+    def __enter__(self) -> _Files:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for name, path in self._made:
+            if kind is None:
+                os.replace(name, path)
+            else:
+                os.unlink(name)

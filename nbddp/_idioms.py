@@ -1,0 +1,105 @@
+"""How Python is written in notebooks: which calls set, seed, draw, change or show something, by their names.
+
+This is the guessing part of `nbddp._effects`. A name that is missing here costs a statement too many in an exported
+script, or, of what changes or draws, one too few.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# What no name of Python's can be.
+SETTINGS = "<settings>"
+GENERATORS = ("<random torch>", "<random numpy>", "<random python>")
+SEEDS = {generator: f"<seed of {generator}>" for generator in GENERATORS}
+
+# Whose settings are the whole process's, whether or not the cell uses the module itself.
+OF_THE_PROCESS = sys.stdlib_module_names | {"torch", "numpy", "lightning", "pytorch_lightning", "transformers"}
+
+SETTING = re.compile(
+    r"(set|use|enable|disable|register|filterwarnings|simplefilter|basicConfig|config|update|setdefault|chdir|putenv|umask"
+    r"|append|insert|extend|captureWarnings|setLevel|addHandler|setrecursionlimit|init|seed|manual_seed)(_\w+)?$"
+)
+SEEDING = re.compile(r"(manual_seed(_all)?|seed(_everything|_all)?|(set|fix)_(random_|all_)?seeds?)$")
+
+# Functions of these show or write their arguments, and leave them as they are.
+SHOW = frozenset({"matplotlib", "seaborn", "plotly", "logging", "pprint", "IPython", "tqdm", "time", "sys", "warnings"})
+# Functions of these make new values of their arguments, but for those that `CHANGING` names.
+COMPUTE = sys.stdlib_module_names | _words("torch numpy pandas scipy sklearn PIL torchvision torchaudio")
+
+CHANGING = re.compile(
+    r"(shuffle|heapify|heappush|heappop|heapreplace|insort(_left|_right)?|copyto|put|place|putmask|fill_diagonal|setattr"
+    r"|delattr|next|update_bn|vector_to_parameters|.*[^_]_|(re)?train(_\w+)?|fit(_\w+)?|finetune(_\w+)?|step(_\w+)?"
+    r"|update(_\w+)?|init(_\w+)?|freeze(_\w+)?|unfreeze(_\w+)?|load_\w*state\w*|set_\w+|add_\w+|register_\w+|apply)$"
+)
+# Methods that change what they are called on, whatever becomes of their value.
+CHANGING_METHODS = re.compile(
+    r"(pop|popitem|popleft|setdefault|step|fit(_\w+)?|partial_fit|train|eval|apply|read|readline|readlines|send|add_\w+"
+    r"|register_\w+|load_state_dict|share_memory|[a-z]\w*[^_]_)$"
+)
+# Methods of containers: what is in them stays as it is.
+CONTAINERS = _words("""
+    append extend insert remove clear update add discard sort reverse pop popitem appendleft extendleft popleft rotate
+    setdefault put write
+""")
+# Methods whose value is shown, or that show something.
+SHOWING_METHODS = _words("""
+    head tail describe info sample show plot hist savefig imshow scatter bar boxplot mean sum min max std var item
+    tolist numpy size numel dim keys values items get count index format join split value_counts unique nunique
+    isna isnull parameters named_parameters state_dict children modules copy clone detach cpu argmax round
+    to_string summary print dtypes corr groupby norm abs t any all save to_csv to_json to_parquet save_pretrained
+    close flush tight_layout legend set_title set_xlabel set_ylabel set_xlim set_ylim grid display forward
+""")
+
+TORCH_DRAWS = re.compile(
+    r"(rand(n|int|perm)?(_like)?|randint_like|normal|bernoulli|multinomial|poisson|random_split|dropout\w*)$"
+)
+LAYERS = re.compile(r"(Linear|Conv|Embedding|RNN|LSTM|GRU|Transformer|MultiheadAttention)")
+METHOD_DRAWS = re.compile(
+    r"(normal_|uniform_|random_|bernoulli_|exponential_|geometric_|cauchy_|log_normal_|multinomial)$"
+)
+SKLEARN_DRAWS = re.compile(r"(train_test_split|shuffle|resample|make_\w+)$")
+MAKES_GENERATOR = re.compile(r"(default_rng|Generator|RandomState|Random|SeedSequence)$")
+OWN_RANDOMNESS = frozenset({"generator", "random_state", "rng", "seed"})
+CLASS = re.compile(r"_*[A-Z]\w*[a-z]\w*$|_*[A-Z]+$")
+
+# Functions of Python's own whose value holds their arguments.
+KEEP = _words("list tuple dict set iter zip map filter reversed enumerate")
+
+# Those, and others, whose value nothing can change.
+CONSTANTS = frozenset(
+    {"int", "float", "str", "bool", "len", "bytes", "range", "frozenset", "round", "hash", "id"}
+    | {"torch.device", "pathlib.Path"}
+)
+
+
+def generators_of(callee: str) -> frozenset[str]:
+    """Return the generators that a function seeds."""
+    if callee.startswith("torch."):
+        return frozenset({GENERATORS[0]})
+    if callee.startswith("numpy."):
+        return frozenset({GENERATORS[1]})
+    return frozenset({GENERATORS[2]}) if callee.startswith("random.") else frozenset(GENERATORS)
+
+
+def drawn_by(callee: str, last: str) -> frozenset[str]:
+    """Return the global generators that a function of a library draws from."""
+    top = callee.partition(".")[0]
+    if top == "torch":
+        layers = callee.startswith("torch.nn.") and (LAYERS.search(last) or ".init." in callee)
+        return frozenset({GENERATORS[0]}) if TORCH_DRAWS.match(last) or layers else frozenset()
+    if top in ("torchvision", "timm", "transformers") and last != "from_pretrained":
+        return frozenset({GENERATORS[0]}) if "transforms" not in callee and "datasets" not in callee else frozenset()
+    if callee.startswith("numpy.random."):
+        return frozenset() if MAKES_GENERATOR.match(last) else frozenset({GENERATORS[1]})
+    if top == "sklearn" and SKLEARN_DRAWS.match(last):
+        return frozenset({GENERATORS[1]})
+    if callee.startswith("random.") and not MAKES_GENERATOR.match(last):
+        return frozenset({GENERATORS[2]})
+    return frozenset()
