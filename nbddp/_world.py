@@ -25,6 +25,10 @@ from nbddp._uplink import STACK_SIGNAL
 # Seconds to wait for the launcher's word that all is gone; it needs milliseconds.
 _END_SECONDS = 15.0
 
+# Seconds that processes have to end by themselves whose ranks have said their last: an agent that was signalled just
+# then waits half a minute for ranks that wait for it.
+_FINISH_SECONDS = 4.0
+
 
 class World:
     """Ranks, the agent above them, and the channel to the launcher that started both.
@@ -169,7 +173,15 @@ class World:
         # A launcher that is still importing will find the request taken back.
         if self._agent is None or (done and not wait and not self._leaves_processes(self._agent)):
             return
-        deadline = time.monotonic() + _END_SECONDS
+        if done:
+            self._wait_for_the_end(_FINISH_SECONDS)
+        if not self.launcher_ended:
+            if done:
+                self.kill()
+            self._wait_for_the_end(_END_SECONDS)
+
+    def _wait_for_the_end(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
         while not self.launcher_ended and time.monotonic() < deadline:
             self.loop.step(min(deadline, self.ranks.due))
             self.ranks.tick()
