@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from nbddp import _limits, _process, _settings, _wire
 from nbddp._errors import LaunchError
@@ -32,11 +32,13 @@ class Client:
     """One per kernel: its session directory and its launcher. Safe to use from any thread.
 
     Attributes:
+        in_use: Returns what else runs that would end with the launcher; None if there is nothing.
         cannot_fork: True once a forked rank found that it cannot use CUDA; runs then start new interpreters.
     """
 
     def __init__(self) -> None:
         self.cannot_fork = False
+        self.in_use: Callable[[], str | None] = lambda: None
         self._lock = threading.RLock()
         self._session: Session | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -64,6 +66,11 @@ class Client:
                 if wanted == self._started_with:
                     return []
                 changed = sorted({name for name, _ in wanted.items() ^ self._started_with.items()})
+                if (others := self.in_use()) is not None:
+                    raise LaunchError(
+                        f"{', '.join(changed)} changed, which torch reads when it loads; loading it anew would end "
+                        f"{others}. End that first, or set the variable back"
+                    )
             self._stop_launcher()
             ours, theirs = _socketpair()
             command = _COMMAND.format(

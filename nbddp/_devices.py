@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from nbddp import _process
 from nbddp._errors import LaunchError
@@ -30,13 +31,19 @@ class Devices:
     note: str | None = None
 
 
-def choose(options: Options, env: Mapping[str, str], count_gpus: Callable[[], int]) -> Devices:
+def choose(
+    options: Options,
+    env: Mapping[str, str],
+    count_gpus: Callable[[], int],
+    in_use: Mapping[str, str] = MappingProxyType({}),
+) -> Devices:
     """Return the devices for a run.
 
     Args:
         options: What the user asks for.
         env: The ranks' environment.
         count_gpus: Returns how many GPUs a process with that environment sees; called only if it matters.
+        in_use: GPUs that other runs of this kernel use, as the driver knows them, and whose they are.
 
     Raises:
         LaunchError: There are fewer GPUs than asked for, or none and no number of ranks was given.
@@ -58,22 +65,48 @@ def choose(options: Options, env: Mapping[str, str], count_gpus: Callable[[], in
             raise LaunchError(
                 f"--gpu-ids {_listed(options)}: there {'is' if there == 1 else 'are'} {have} here, numbered from 0"
             )
-        # The numbers are those that the notebook's own torch uses, which may itself see only some of the GPUs.
-        # CUDA takes the list up to the first entry that it does not know.
-        listed = env.get("CUDA_VISIBLE_DEVICES")
-        seen = [str(i) for i in range(there)] if listed is None else [name.strip() for name in listed.split(",")]
+        seen = _seen(there, env)
         if max(options.gpu_ids) >= len(seen) or not all(seen[i] for i in options.gpu_ids):
+            listed = env.get("CUDA_VISIBLE_DEVICES")
             raise LaunchError(
                 f"--gpu-ids {_listed(options)}: CUDA_VISIBLE_DEVICES={listed} does not say which GPUs these are"
             )
         chosen = [seen[i] for i in options.gpu_ids]
+        if not options.share and (used := [gpu for gpu in chosen if gpu in in_use]):
+            raise LaunchError(f"--gpu-ids {_listed(options)}: {_whose(used, in_use)}; or give --share")
         return Devices(len(chosen), gpus=True, visible=",".join(chosen))
     if wanted is not None and wanted > there:
         raise LaunchError(
             f"--gpus {wanted}: there {'is' if there == 1 else 'are'} {have} here. "
             f"Ask for --gpus {there}, or for --cpus {wanted} to run on the CPU"
         )
-    return Devices(wanted or there, gpus=True)
+    number = wanted or there
+    seen = _seen(there, env)
+    if options.share or not any(gpu in in_use for gpu in seen[:number]):
+        return Devices(number, gpus=True)
+    free = [gpu for gpu in seen if gpu and gpu not in in_use]
+    if len(free) < number:
+        asked = f"--gpus {wanted}" if wanted is not None else "all GPUs"
+        others = f", and {len(free)} more {'is' if len(free) == 1 else 'are'} free" if free else ""
+        used = [gpu for gpu in seen if gpu in in_use]
+        raise LaunchError(f"{asked}: {_whose(used, in_use)}{others}; or give --share")
+    return Devices(number, gpus=True, visible=",".join(free[:number]))
+
+
+def _seen(there: int, env: Mapping[str, str]) -> list[str]:
+    """Return the GPUs as the driver knows them, in the order of the numbers that the notebook's torch gives them.
+
+    The notebook may itself see only some of them. CUDA takes the list up to the first entry that it does not know.
+    """
+    listed = env.get("CUDA_VISIBLE_DEVICES")
+    return [str(i) for i in range(there)] if listed is None else [name.strip() for name in listed.split(",")]
+
+
+def _whose(gpus: Sequence[str], in_use: Mapping[str, str]) -> str:
+    holders = " and ".join(dict.fromkeys(in_use[gpu] for gpu in gpus))
+    return (
+        f"{'GPU' if len(gpus) == 1 else 'GPUs'} {', '.join(gpus)} {'is' if len(gpus) == 1 else 'are'} used by {holders}"
+    )
 
 
 def check_out_device(device: str, count_gpus: Callable[[], int]) -> None:

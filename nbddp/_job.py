@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbddp import _client, _closure, _devices, _kept, _limits, _plots, _process, _results, _settings, _wire
@@ -66,6 +66,8 @@ class Job:
         push: Names that kept ranks get also where they have their own.
         idle: Seconds without a cell after which kept ranks end; 0 for never.
         last: Whether kept ranks are to end, in place of a cell.
+        background: Whether other cells may run meanwhile: its logs are then not the last run's.
+        in_use: Returns the GPUs that other runs use; see `nbddp._devices.choose`.
     """
 
     cell: Cell
@@ -85,6 +87,8 @@ class Job:
     push: Sequence[str] = ()
     idle: float = _kept.IDLE_SECONDS
     last: bool = False
+    background: bool = False
+    in_use: Callable[[], Mapping[str, str]] = dict
 
 
 @dataclass
@@ -124,6 +128,18 @@ def perform(job: Job, client: _client.Client, screen: Screen) -> Finished:
             raise
         # Another thread has taken them meanwhile.
         raise LaunchError(_limits.no_more_files("cannot start a run")) from error
+
+
+def prepare_alone(job: Job, client: _client.Client, screen: Screen) -> Prepared:
+    """Prepare a job that another thread will run.
+
+    Raises:
+        NbddpError: The job cannot be run.
+        KeyboardInterrupt: The user stopped it.
+    """
+    _limits.check_files(0)
+    with InterruptGate() as gate:
+        return prepare(job, client, screen, gate)
 
 
 def dry_run(job: Job, client: _client.Client) -> str:
@@ -188,7 +204,7 @@ def prepare(
     if kept is not None and kept.devices is not None:
         devices = kept.devices
     else:
-        devices = _devices.choose(job.options, env, lambda: client.count_gpus(env, gate))
+        devices = _devices.choose(job.options, env, lambda: client.count_gpus(env, gate), job.in_use())
         if devices.note:
             said(devices.note)
     _check_numbers(job, devices, lambda: client.count_gpus(os.environ, gate))
@@ -269,6 +285,8 @@ class Prepared:
         names: What is sent.
         met: The classes and functions that go along by value.
         run_dir: Its files.
+        launch: What the launcher is to start, as things were when it was prepared.
+        logs: The directory of its logs, if these are its own.
         times: When each stage was complete.
         say: Shows a line of nbddp's own.
     """
@@ -283,6 +301,8 @@ class Prepared:
     times: dict[str, float]
     say: _Said
     run_dir: RunDir = field(init=False)
+    launch: Launch = field(init=False)
+    logs: str = field(init=False, default="")
 
     @property
     def sent(self) -> Sequence[Any]:
@@ -301,6 +321,9 @@ class Prepared:
             kept.prepare(script.cell, self._arguments(script), script.closure, self.job.options.on, self.job.push)
             return
         self.run_dir = session.new_run()
+        self.launch = self._what_to_launch()
+        if self.job.background:
+            self.logs = session.new_logs()
         try:
             if kept is not None:
                 kept.run_dir, kept.devices, kept.options = self.run_dir, self.devices, self.job.options
@@ -310,6 +333,10 @@ class Prepared:
         except BaseException:
             session.end_run(self.run_dir)
             raise
+
+    def discard(self) -> None:
+        """Delete its files, if it is not to be run."""
+        self.client.session.end_run(self.run_dir)
 
     def _arguments(self, script: Script) -> dict[str, Any]:
         """Return what kept ranks need to know to run the cell."""
@@ -346,7 +373,8 @@ class Prepared:
 
     def _run(self, gate: InterruptGate) -> Ending:
         """Run the script on the ranks; again, if nothing of it has run and there is another way."""
-        start_method = self.client.start_method({**os.environ, **self.job.options.env})
+        # The ranks of a kept world are there already.
+        start_method = self.launch.start_method if self.kept is None or self.kept.world is None else ""
         launcher_died = False
         while True:
             try:
@@ -367,8 +395,8 @@ class Prepared:
         if kept is not None and kept.world is not None:
             with contextlib.ExitStack() as stack:
                 return self._follow(kept.world, self._relay(kept.secret, stack), gate)
-        secret = secrets.token_hex(8)
-        launch = self._what_to_launch(secret, start_method)
+        secret = self.launch.env[_settings.MARK]
+        launch = replace(self.launch, start_method=start_method)
         _limits.check_files(self.devices.ranks)
         _limits.check_processes(self.devices.ranks)
         with contextlib.ExitStack() as stack:
@@ -389,8 +417,10 @@ class Prepared:
     def _relay(self, secret: str, stack: contextlib.ExitStack) -> Relay:
         """Return what shows the ranks' output; the stack closes it and puts the logs away."""
         session = self.client.session
-        logs = session.new_logs()
-        if self.job.own:
+        logs = self.logs or session.new_logs()
+        if self.job.background:
+            pass
+        elif self.job.own:
             stack.callback(shutil.rmtree, logs, ignore_errors=True)
         else:
             stack.callback(session.keep_logs, logs)
@@ -449,12 +479,12 @@ class Prepared:
     def _sources(self) -> Sources:
         return Sources(self.job.cell, self.run_dir.script, self.job.source_of)
 
-    def _what_to_launch(self, secret: str, start_method: str) -> Launch:
+    def _what_to_launch(self) -> Launch:
         env = _devices.environment(os.environ, self.job.options, self.devices)
         env |= {
             _settings.SESSION: self.client.session.name,
             _settings.RUN_DIR: self.run_dir.root,
-            _settings.MARK: secret,
+            _settings.MARK: secrets.token_hex(8),
         }
         umask = os.umask(0o077)
         os.umask(umask)
@@ -466,7 +496,7 @@ class Prepared:
             cwd=_client.working_directory() or None,
             umask=umask,
             path=_client.search_path(),
-            start_method=start_method,
+            start_method=self.client.start_method(env),
         )
 
     def _error(

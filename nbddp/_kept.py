@@ -432,6 +432,14 @@ def drop() -> None:
         kept.close()
 
 
+def gpus_in_use() -> dict[str, str]:
+    """Return the GPUs of the kept ranks, as the driver knows them, and how to end these."""
+    kept = current()
+    if kept is None or kept.world is None or kept.devices is None:
+        return {}
+    return dict.fromkeys(gpus_of(kept.devices, kept.world.launch.env), "the kept ranks (%ddp stop ends them)")
+
+
 def status(kept: Kept) -> list[str]:
     """Return lines on the kept ranks, for ``%ddp status``: since when, what memory they take, what they hold."""
     assert kept.world is not None

@@ -16,6 +16,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -23,13 +24,14 @@ from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_cell_magic, magics_class
 from traitlets import Bool, Float, Int
 
-from nbddp import _cells, _closure, _doctor, _job, _kept, _logs, _names, _running, _settings
+from nbddp import _background, _cells, _closure, _doctor, _job, _kept, _logs, _names, _running, _settings
+from nbddp._background import BackgroundRun, BackgroundScreen
 from nbddp._errors import LaunchError, NbddpError, RankError, ResultError
 from nbddp._function import client
 from nbddp._options import HelpAsked, OptionError, Options, help_text, option_names, parse
 from nbddp._relay import DISPLAY_LIMIT, TEXT_LIMIT, View
 from nbddp._results import Wanted
-from nbddp._screen import screen_of
+from nbddp._screen import of_this_cell, screen_of
 from nbddp._script import Cell
 from nbddp._stop import GRACE_SECONDS
 
@@ -109,7 +111,7 @@ class DDPMagics(Magics):
     grace = Float(GRACE_SECONDS, min=0, help="Seconds that ranks have to end after an interrupt.").tag(config=True)
 
     @line_cell_magic  # type: ignore[untyped-decorator]  # IPython's
-    def ddp(self, line: str, cell: str | None = None) -> CellValue | dict[str, Any] | None:
+    def ddp(self, line: str, cell: str | None = None) -> CellValue | BackgroundRun | dict[str, Any] | None:
         # The docstring is the help text; see below.
         if cell is None:
             return self._line(line)
@@ -120,7 +122,7 @@ class DDPMagics(Magics):
         finally:
             self._auto_options = self._auto_options or auto
 
-    def _run_cell(self, line: str, cell: str) -> CellValue | None:
+    def _run_cell(self, line: str, cell: str) -> CellValue | BackgroundRun | None:
         try:
             options = parse(line)
         except HelpAsked as asked:
@@ -134,6 +136,8 @@ class DDPMagics(Magics):
         if options.dry_run:
             sys.stdout.write(_job.dry_run(job, client) + "\n")
             return None
+        if options.bg is not None:
+            return self._begin(job, options.bg)
         self._left_over = {}
         if options.auto:
             sys.stdout.write("nbddp: this cell runs on the kept ranks, not in the notebook (%ddp auto off)\n")
@@ -155,6 +159,18 @@ class DDPMagics(Magics):
         if stale:
             sys.stdout.write(f"{stale}\n")
         return CellValue(*finished.value) if finished.value is not None else None
+
+    def _begin(self, job: _job.Job, asked: str) -> BackgroundRun | None:
+        """Start a run in the background; return its handle, unless it was given a name."""
+        name = _background.name_for(asked, self.shell.user_ns)
+        here = screen_of(self.shell)
+        screen = BackgroundScreen(of_this_cell(here) if here.in_place and here is not None else None, self.shell)
+        run = BackgroundRun(name, _job.prepare_alone(replace(job, background=True), client, screen), screen)
+        run.start()
+        if not asked:
+            return run
+        self.shell.user_ns[name] = run
+        return None
 
     def _job(self, line: str, source: str, options: Options) -> _job.Job:
         """Prepare the cell.
@@ -199,6 +215,7 @@ class DDPMagics(Magics):
             grace=self.grace,
             large=self.large,
             idle=self.idle,
+            in_use=_gpus_in_use,
             view=View(
                 options.ranks if options.on is None or options.ranks is not None else options.on,
                 plain=options.plain or self.plain or _settings.plain({**os.environ, **options.env}),
@@ -528,6 +545,18 @@ def _stale_optimizers(space: Mapping[str, Any], results: Mapping[str, Any]) -> s
     return ""
 
 
+def _what_else_runs() -> str | None:
+    """Return what would end with the launcher; None if there is nothing."""
+    others = list(_background.running)
+    if _kept.current() is not None:
+        others.append("the kept ranks (%ddp stop)")
+    return " and ".join(others) or None
+
+
+def _gpus_in_use() -> dict[str, str]:
+    return _background.gpus_in_use() | _kept.gpus_in_use()
+
+
 def _wanted(options: Options) -> Wanted:
     asked = [f"--out {','.join(options.out)}"] if options.out else []
     asked += [f"--gather {','.join(options.gather)}"] if options.gather else []
@@ -556,6 +585,7 @@ def load(shell: Any) -> None:
     if sys.platform == "win32":
         raise LaunchError("nbddp needs Linux or macOS; on Windows, use it inside WSL")
     magics = DDPMagics(shell)
+    client.in_use = _what_else_runs
     shell.register_magics(magics)
 
     shell.events.register("post_run_cell", magics.note_failure)
@@ -581,6 +611,7 @@ def unload(shell: Any) -> None:
     if magics is not None:
         with contextlib.suppress(ValueError):
             shell.events.unregister("post_run_cell", magics.note_failure)
+    _background.end_all()
     _kept.drop()
     # IPython has no call that takes a hook away again.
     shell.strdispatchers["complete_command"].strs.pop("%%ddp", None)

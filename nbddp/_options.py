@@ -45,6 +45,8 @@ class Options:
         on: The kept ranks that the cell runs on; None for all.
         idle: Seconds without a cell after which kept ranks end; 0 for never, None for the default.
         auto: Whether ``%ddp auto`` has sent the cell here.
+        bg: What a run in the background is called, empty for a name of nbddp's; None to wait for it.
+        share: Whether GPUs may be used that kept ranks or runs in the background use.
     """
 
     gpus: int | None = None
@@ -66,6 +68,8 @@ class Options:
     on: tuple[int, ...] | None = None
     idle: float | None = None
     auto: bool = False
+    bg: str | None = None
+    share: bool = False
 
     def __post_init__(self) -> None:
         """Check what can be checked without looking at the machine.
@@ -87,19 +91,7 @@ class Options:
         if self.ranks is not None and (not self.ranks or min(self.ranks) < 0):
             listed = ",".join(map(str, self.ranks)) or "''"
             raise OptionError(f"--ranks {listed}: ranks are numbered from 0, as in --ranks 0 or --ranks 0,2; or all")
-        if self.on is not None and (not self.on or min(self.on) < 0):
-            raise OptionError(
-                f"--on {','.join(map(str, self.on)) or repr('')}: ranks are numbered from 0, as in --on 0,2"
-            )
-        for option, given in (("--on", self.on), ("--idle", self.idle)):
-            if given is not None and not self.keep:
-                raise OptionError(f"{option} is for kept ranks: give --keep as well")
-        if self.idle is not None and not 0 <= self.idle < float("inf"):
-            raise OptionError(f"--idle {self.idle:g}: a number of seconds; 0 keeps the ranks until %ddp stop")
-        if self.keep:
-            for option, contradicts in (("--max-restarts", self.max_restarts), ("--keep-script", self.keep_script)):
-                if contradicts:
-                    raise OptionError(f"--keep and {option} do not go together: kept ranks are not one script's run")
+        self._check_keeping()
         if self.timeout is not None and not 0 < self.timeout < float("inf"):
             raise OptionError(f"--timeout {self.timeout:g}: a number of seconds above 0")
         if self.max_restarts < 0:
@@ -128,6 +120,27 @@ class Options:
                 raise OptionError(f"--keep-script {self.keep_script}: that is a folder; give the name of a file")
             if not os.path.isdir(folder):
                 raise OptionError(f"--keep-script {self.keep_script}: there is no folder {folder}; make it first")
+
+    def _check_keeping(self) -> None:
+        """Check what concerns ranks that stay, and runs in the background."""
+        if self.on is not None and (not self.on or min(self.on) < 0):
+            raise OptionError(
+                f"--on {','.join(map(str, self.on)) or repr('')}: ranks are numbered from 0, as in --on 0,2"
+            )
+        for option, given in (("--on", self.on), ("--idle", self.idle)):
+            if given is not None and not self.keep:
+                raise OptionError(f"{option} is for kept ranks: give --keep as well")
+        if self.idle is not None and not 0 <= self.idle < float("inf"):
+            raise OptionError(f"--idle {self.idle:g}: a number of seconds; 0 keeps the ranks until %ddp stop")
+        if self.bg is not None:
+            if self.bg and not self.bg.isidentifier():
+                raise OptionError(f"--bg {self.bg}: that is no name; the run's handle gets it, as in --bg train")
+            if self.keep:
+                raise OptionError("--bg and --keep do not go together: kept ranks run one cell after another")
+        if self.keep:
+            for option, contradicts in (("--max-restarts", self.max_restarts), ("--keep-script", self.keep_script)):
+                if contradicts:
+                    raise OptionError(f"--keep and {option} do not go together: kept ranks are not one script's run")
 
 
 EXAMPLES = """\
@@ -258,6 +271,8 @@ def _make_parser() -> _Parser:
     add("--keep", action="store_true", help="let the ranks stay, and go on in those that a cell before has kept")
     add("--on", type=_numbers, metavar="K,K,...", help="with --keep: run on these of the kept ranks")
     add("--idle", type=_seconds, metavar="SECONDS", help="with --keep: end ranks that get no cell for so long")
+    add("--bg", nargs="?", const="", metavar="NAME", help="return at once, with a handle that is bound to NAME")
+    add("--share", action="store_true", help="use GPUs also where kept ranks or background runs use them")
     add("--auto", action="store_true", help=argparse.SUPPRESS)
     add("--keep-script", metavar="PATH", help="leave the generated script at PATH; plain torchrun runs it")
     add("--dry-run", action="store_true", help="print the torchrun command and what would be sent; launch nothing")

@@ -15,6 +15,7 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 
@@ -219,6 +220,8 @@ class Session:
         self._numbers = itertools.count(1)
         self._logs: str | None = None
         self._ruins: list[str] = []
+        # A run in the background may end at any moment.
+        self._deleting = threading.Lock()
 
     def new_run(self) -> RunDir:
         """Return a fresh run directory. Raises LaunchError if it cannot be made."""
@@ -239,10 +242,11 @@ class Session:
 
     def _delete(self, *paths: str) -> None:
         """Delete folders; what cannot be deleted now, for want of descriptors, goes before the next run."""
-        ruins, self._ruins = [*self._ruins, *paths], []
-        for path in ruins:
-            shutil.rmtree(path, ignore_errors=True)
-        self._ruins += filter(os.path.exists, ruins)
+        with self._deleting:
+            ruins, self._ruins = [*self._ruins, *paths], []
+            for path in ruins:
+                shutil.rmtree(path, ignore_errors=True)
+            self._ruins += filter(os.path.exists, ruins)
 
     @property
     def locks(self) -> tuple[int, ...]:

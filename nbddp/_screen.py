@@ -130,6 +130,11 @@ class CellScreen:
         self._panel_id = secrets.token_hex(8)
         self._panel: MimeBundle | None = None
 
+    def is_cell_of(self, other: CellScreen) -> bool:
+        """Tell whether this is the output of the same cell."""
+        mine, others = (one._parent.get("header", {}).get("msg_id") for one in (self, other))
+        return mine is not None and mine == others
+
     def _send(self, kind: str, content: dict[str, Any], topic: str | None = None) -> None:
         kernel = self._kernel
         # As the kernel names its own; who subscribes to all, as front ends do, does not see it.

@@ -1,0 +1,297 @@
+"""Runs in the background (``--bg``): a thread sees each to its end, and a handle stands for it in the notebook."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import shutil
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nbddp import _job, _limits
+from nbddp._devices import gpus_of
+from nbddp._errors import LaunchError
+from nbddp._screen import CellScreen, MimeBundle, Screen
+from nbddp._stop import InterruptGate
+
+# Seconds that runs have to end when the kernel does; a Jupyter server kills a kernel that takes five.
+_SHUTDOWN_SECONDS = 2.5
+
+# Where the logs of runs go that the end of the kernel has ended.
+_LOGS = "nbddp-logs"
+
+
+class BackgroundRun:
+    """A run that goes on while other cells run. Shows its panel where it is displayed.
+
+    Attributes:
+        name: What it is called.
+    """
+
+    def __init__(self, name: str, prepared: _job.Prepared, screen: BackgroundScreen) -> None:
+        self.name = name
+        self._prepared = prepared
+        self._screen = screen
+        self._gate = InterruptGate()
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._open = False
+        self._finished: _job.Finished | None = None
+        self._error: BaseException | None = None
+        self._began = time.monotonic()
+        self._thread = threading.Thread(target=self._follow, name=f"nbddp-{name}", daemon=True)
+        # They would pile up otherwise; the session's end takes what is left.
+        weakref.finalize(self, shutil.rmtree, prepared.logs, ignore_errors=True)
+
+    def start(self) -> None:
+        """Begin. Raises LaunchError if no thread can be started."""
+        running[self.name] = self
+        # Anew, so that it comes before the end of the session, whose logs it saves.
+        atexit.unregister(end_all)
+        atexit.register(end_all)
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            del running[self.name]
+            self._prepared.discard()
+            raise LaunchError(_limits.no_more_processes("cannot start a run in the background")) from error
+
+    # What its user asks.
+
+    @property
+    def status(self) -> str:
+        """``"running"``, ``"done"``, ``"failed"`` or ``"stopped"``."""
+        if not self._done.is_set():
+            return "running"
+        if self._error is None:
+            return "done"
+        return "stopped" if isinstance(self._error, KeyboardInterrupt) else "failed"
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """What ``--out`` and ``--gather`` have brought back, by name; of a run that failed, what could be had.
+
+        Raises:
+            LaunchError: It still runs.
+        """
+        if not self._done.is_set():
+            raise LaunchError(f"{self.name} still runs; {self.name}.wait() waits for its end")
+        if self._finished is not None:
+            return dict(self._finished.results)
+        return dict(getattr(self._error, "results", None) or {})
+
+    def wait(self, timeout: float | None = None) -> dict[str, Any]:
+        """Wait for the end, and return the results. An interrupt ends the wait, not the run.
+
+        Args:
+            timeout: Seconds to wait; None for as long as it takes.
+
+        Raises:
+            TimeoutError: It still runs after that time.
+            Exception: What has ended the run; as a cell in the foreground would raise it.
+        """
+        if not self._done.wait(timeout):
+            raise TimeoutError(f"{self.name} still runs after {timeout:g} s")
+        if self._error is not None and not isinstance(self._error, KeyboardInterrupt):
+            raise self._error.with_traceback(None)
+        if self._error is not None:
+            raise LaunchError(f"{self.name} was stopped")
+        return self.results
+
+    def stop(self, timeout: float | None = 30.0) -> None:
+        """Interrupt the run as the notebook's interrupt does, and wait for its end.
+
+        Args:
+            timeout: Seconds to wait; None for as long as it takes.
+        """
+        self._press()
+        self._done.wait(timeout)
+
+    @property
+    def gpus(self) -> list[str]:
+        """The GPUs that it uses, as the driver knows them."""
+        return gpus_of(self._prepared.devices, self._prepared.launch.env)
+
+    def log(self, rank: int = 0, tail: int | None = None) -> str:
+        """Return what a rank has printed so far, all of it or its last lines.
+
+        Args:
+            rank: The rank.
+            tail: How many lines; None for all.
+
+        Raises:
+            LaunchError: There is no such rank.
+        """
+        ranks = self._prepared.devices.ranks
+        if rank not in range(ranks):
+            raise LaunchError(
+                f"{self.name}.log({rank}): it has {'rank 0' if ranks == 1 else f'ranks 0 to {ranks - 1}'}"
+            )
+        try:
+            text = Path(self._prepared.logs, f"rank{rank}.log").read_text(errors="replace")
+        except FileNotFoundError:  # it has not begun
+            return ""
+        return text if tail is None else "".join(text.splitlines(keepends=True)[-tail:])
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {self._headline()}>"
+
+    def _ipython_display_(self) -> None:
+        if not self._screen.mirror():
+            sys.stdout.write(f"{self!r}\n")
+
+    def _headline(self) -> str:
+        ranks = self._prepared.devices.ranks
+        count = "1 rank" if ranks == 1 else f"{ranks} ranks"
+        if self.status == "running":
+            return f"{count}, running for {time.monotonic() - self._began:.0f} s"
+        error = f": {type(self._error).__name__}: {str(self._error).splitlines()[0]}" if self.status == "failed" else ""
+        return f"{count}, {self.status}{error}"
+
+    # The thread.
+
+    def _press(self) -> None:
+        with self._lock:
+            if self._open:
+                self._gate.press()
+
+    def _follow(self) -> None:
+        try:
+            with self._gate:
+                with self._lock:
+                    self._open = True
+                try:
+                    self._finished = self._prepared.run(self._gate)
+                except BaseException as error:
+                    self._error = error
+                finally:
+                    with self._lock:
+                        self._open = False
+        finally:
+            running.pop(self.name, None)
+            self._done.set()
+            with contextlib.suppress(Exception):  # the front end may be gone
+                self._tell()
+
+    def _tell(self) -> None:
+        """Say in the cell's own output how it has ended."""
+        line = f"nbddp: {self.name}: {self._headline()}"
+        if self.status == "failed":
+            line += f"\nnbddp: {self.name}.wait() raises it, with its traceback"
+        elif self.status == "done" and self.results:
+            line += f"; {self.name}.results has {', '.join(self.results)}"
+        self._screen.write(line + "\n")
+
+    def _save_logs(self) -> str | None:
+        """Copy the logs to where they outlive the session; return where."""
+        number = 1
+        while os.path.exists(target := os.path.join(_LOGS, f"{self.name}-{number}")):
+            number += 1
+        try:
+            shutil.copytree(self._prepared.logs, target)
+        except OSError:
+            return None
+        return target
+
+
+class BackgroundScreen:
+    """The output of the cell that started a run, and further places where its panel is shown.
+
+    Args:
+        screen: The output of that cell; None where there are no cells.
+        shell: The notebook's shell.
+    """
+
+    def __init__(self, screen: Screen | None, shell: Any) -> None:
+        self._screen = screen
+        self._shell = shell
+        self.in_place = screen is not None
+        self._mirrors: list[CellScreen] = []
+        self._shown: MimeBundle | None = None
+        self._panel_of: object = None
+
+    def mirror(self) -> bool:
+        """Show the panel in the cell that runs now, too; tell whether there is anything to show there."""
+        if self._screen is None or self._shown is None:
+            return False
+        here = CellScreen(self._shell)
+        if isinstance(self._screen, CellScreen) and here.is_cell_of(self._screen):
+            return True
+        here.panel(self._shown)
+        self._mirrors.append(here)
+        return True
+
+    def write(self, text: str) -> None:
+        """Show complete lines of text."""
+        if self._screen is not None:
+            self._screen.write(text)
+
+    def publish(self, data: MimeBundle, metadata: MimeBundle, transient: MimeBundle, update: bool) -> None:
+        """Show a mime bundle behind the text so far."""
+        if self._screen is not None:
+            self._screen.publish(data, metadata, transient, update)
+
+    def panel(self, data: MimeBundle) -> None:
+        """Show a mime bundle in the place of the last one that came this way."""
+        self._shown = data
+        if self._screen is not None:
+            self._screen.panel(data)
+        for mirror in self._mirrors:
+            mirror.panel(data)
+
+    def clear(self, *, wait: bool) -> None:
+        """Take away all but the panel; with `wait`, when something else is shown."""
+        if self._screen is not None:
+            self._screen.clear(wait=wait)
+
+    def room(self) -> int:
+        """Return how many bytes of text can be shown now without some being lost."""
+        return self._screen.room() if self._screen is not None else sys.maxsize
+
+
+# What runs, by name.
+running: dict[str, BackgroundRun] = {}
+
+
+def name_for(asked: str, space: Mapping[str, Any]) -> str:
+    """Return what a new run is to be called.
+
+    Args:
+        asked: The name that its user has chosen; empty for one of nbddp's.
+        space: The notebook's variables.
+
+    Raises:
+        LaunchError: There is something else of that name.
+    """
+    if not asked:
+        return next(f"run{number}" for number in range(1, 10_000) if f"run{number}" not in {*running, *space})
+    if asked in running:
+        raise LaunchError(f"--bg {asked}: {asked} still runs; {asked}.stop() ends it, or choose another name")
+    if asked in space and not isinstance(space[asked], BackgroundRun):
+        kind = type(space[asked]).__name__
+        raise LaunchError(f"--bg {asked}: the notebook has a variable of that name, a {kind}; choose another")
+    return asked
+
+
+def gpus_in_use() -> dict[str, str]:
+    """Return the GPUs of all runs, as the driver knows them, and how to end what uses each."""
+    return {gpu: f"{run.name} ({run.name}.stop() ends it)" for run in list(running.values()) for gpu in run.gpus}
+
+
+def end_all() -> None:
+    """Stop all runs; what they have printed is saved beside the notebook. For the end of the kernel."""
+    ending = list(running.values())
+    for run in ending:
+        run._press()
+    deadline = time.monotonic() + _SHUTDOWN_SECONDS
+    for run in ending:
+        run._done.wait(max(0.0, deadline - time.monotonic()))
+        where = run._save_logs()
+        if sys.__stderr__ is not None and where is not None:
+            sys.__stderr__.write(f"nbddp: {run.name} ended with the kernel; its logs are in {where}\n")
