@@ -323,7 +323,7 @@ def _stale_optimizers(space: Mapping[str, Any], results: Mapping[str, Any]) -> s
 def _wanted(options: Options) -> Wanted:
     asked = [f"--out {','.join(options.out)}"] if options.out else []
     asked += [f"--gather {','.join(options.gather)}"] if options.gather else []
-    return Wanted(options.out, options.gather, options.out_device, " ".join(asked))
+    return Wanted(tuple(options.out), tuple(options.gather), options.out_device, " ".join(asked))
 
 
 def _complete(shell: Any, event: Any) -> Sequence[str]:
