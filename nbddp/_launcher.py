@@ -9,6 +9,7 @@ its answers:
 
 ====================  ===========================================================================================
 count gpus            answered by ``gpus``; the channel closes
+backends              answered by ``backends``, those of torch's process groups; the channel closes
 launch                ``started`` with the agent's pid; and when the run and all it left are gone, ``ended``
 finish                the run's ranks have reported; what is not gone by itself in a while is killed
 kill                  everything of the run is killed now
@@ -36,7 +37,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from nbddp import _agent, _limits, _process, _repair, _wire
+from nbddp import _agent, _backends, _limits, _process, _repair, _wire
 from nbddp._paths import RunDir, remove_session
 
 # What the kernel sends instead of a channel: when it goes on without this launcher, and when its session is over. Only
@@ -203,6 +204,9 @@ class Launcher:
                         self._answer(inbox, "gpus", count=self._count_gpus(message["env"]))
                     except OSError as error:
                         self._answer(inbox, "refused", reason=_refusal(error))
+                    self._forget(inbox)
+                case "backends":
+                    self._answer(inbox, "backends", names=_backends.available())
                     self._forget(inbox)
                 case "launch":
                     self._launch(inbox, _agent.Launch(**message))
