@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbddp import _client, _closure, _devices, _limits, _plots, _process, _results, _settings, _where, _wire
+from nbddp import _backends, _client, _closure, _devices, _limits, _plots, _process, _results, _settings, _where, _wire
 from nbddp._agent import Launch, torchrun_options
 from nbddp._errors import LaunchError, NbddpError, RunLostError
 from nbddp._memory import Meter
@@ -167,6 +167,7 @@ def dry_run(job: Job, client: _client.Client) -> str:
     env = {**os.environ, **job.options.env}
     with InterruptGate() as gate:
         devices = _devices.choose(job.options, env, lambda: count_gpus(client, env, gate))
+        _check_backend(job.options, devices, lambda: backends(client, env, gate))
         with gate.open():
             snapshot = _closure.capture(job.names, job.namespace, job.lines, job.place)
     if job.options.keep_script is not None:
@@ -208,6 +209,7 @@ class _Attempt:
             closure = _closure.capture(names, job.namespace, job.lines, job.place)
         times["captured"] = time.monotonic()
         devices = _devices.choose(job.options, env, lambda: count_gpus(self.client, env, gate))
+        _check_backend(job.options, devices, lambda: backends(self.client, env, gate))
         if job.view.ranks is not None and max(job.view.ranks) >= devices.ranks:
             raise LaunchError(f"--ranks {max(job.view.ranks)}: this run has {_ranks_of(devices.ranks)}")
         if job.wanted.device is not None:
@@ -370,6 +372,11 @@ class _Attempt:
         return error_of(ending, circumstances)
 
 
+def _check_backend(options: Options, devices: _devices.Devices, there: Callable[[], list[str]]) -> None:
+    if options.backend is not None and options.init:
+        _backends.check(options.backend, there(), gpus=devices.gpus)
+
+
 def _ranks_of(count: int) -> str:
     return "one rank, 0" if count == 1 else f"ranks 0 to {count - 1}"
 
@@ -404,19 +411,41 @@ def count_gpus(
         LaunchError: There is no launcher to be had, or it cannot count.
         TimeoutError: It has not answered in time.
     """
-    channel = client.open_channel(env)
+    return int(_ask("count gpus", "the GPUs could not be counted", client, env, gate, seconds, env=dict(env))["count"])
+
+
+def backends(client: _client.Client, env: Mapping[str, str], gate: InterruptGate) -> list[str]:
+    """Ask the launcher which backends torch has for process groups.
+
+    Raises:
+        LaunchError: There is no launcher to be had.
+    """
+    return list(_ask("backends", "torch's backends could not be looked up", client, env, gate)["names"])
+
+
+def _ask(
+    kind: str,
+    fault: str,
+    client: _client.Client,
+    with_env: Mapping[str, str],
+    gate: InterruptGate,
+    seconds: float | None = None,
+    **fields: Any,
+) -> _wire.Message:
+    """Return the launcher's answer to a question with these fields; `fault` is what is said if it refuses."""
+    channel = client.open_channel(with_env)
     answer = select.poll()
     answer.register(channel.sock, select.POLLIN)
     try:
         with gate.open():
-            _wire.send(channel.sock, "count gpus", env=dict(env))
+            _wire.send(channel.sock, kind, **fields)
             while not channel.closed:
                 if not answer.poll(None if seconds is None else seconds * 1000):
                     break
                 for message in channel.receive():
                     if message["kind"] == "refused":
-                        raise LaunchError(f"the GPUs could not be counted: {message['reason']}")
-                    return int(message["count"])
+                        raise LaunchError(f"{fault}: {message['reason']}")
+                    return message
             else:
                 raise client.launcher_died()
     except OSError:
