@@ -22,7 +22,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbddp import _backends, _client, _closure, _devices, _limits, _plots, _process, _results, _settings, _where, _wire
+from nbddp import (
+    _backends,
+    _client,
+    _closure,
+    _devices,
+    _limits,
+    _machines,
+    _plots,
+    _process,
+    _results,
+    _settings,
+    _where,
+    _wire,
+)
 from nbddp._agent import Launch, torchrun_options
 from nbddp._errors import LaunchError, NbddpError, RunLostError
 from nbddp._memory import Meter
@@ -172,7 +185,14 @@ def dry_run(job: Job, client: _client.Client) -> str:
             snapshot = _closure.capture(job.names, job.namespace, job.lines, job.place)
     if job.options.keep_script is not None:
         _export(_script(job, devices, snapshot), job.options.keep_script)
-    options = torchrun_options(devices.ranks, job.options.max_restarts, start_method(job.options, client))
+    options = torchrun_options(
+        devices.ranks,
+        job.options.max_restarts,
+        start_method(job.options, client),
+        job.options.nnodes,
+        job.options.node_rank or 0,
+        job.options.rdzv_endpoint,
+    )
     lines = [devices.note] if devices.note else []
     lines.append("torchrun " + " ".join(options) + " <generated script>")
     return "\n".join([*lines, *_closure.explain(job.names, job.namespace, job.lines, snapshot)])
@@ -210,7 +230,7 @@ class _Attempt:
         times["captured"] = time.monotonic()
         devices = _devices.choose(job.options, env, lambda: count_gpus(self.client, env, gate))
         _check_backend(job.options, devices, lambda: backends(self.client, env, gate))
-        if job.view.ranks is not None and max(job.view.ranks) >= devices.ranks:
+        if job.view.ranks is not None and max(job.view.ranks) >= devices.ranks and job.options.nnodes == 1:
             raise LaunchError(f"--ranks {max(job.view.ranks)}: this run has {_ranks_of(devices.ranks)}")
         if job.wanted.device is not None:
             _devices.check_out_device(job.wanted.device, lambda: count_gpus(self.client, os.environ, gate))
@@ -235,8 +255,8 @@ class _Attempt:
             closure.release()
             ending = self._run(devices, run_dir, closure.met)
             with self._interruptible("the results were loaded; nothing was assigned"):
-                reports = {rank: state.outcome or {} for rank, state in ending.ranks.items()}
-                results = _results.read(job.wanted, reports, closure.met)
+                reports = {local: state.outcome or {} for local, state in ending.ranks.items()}
+                results = _results.read(job.wanted, reports, closure.met, ending.ranks[0].rank)
             for wrapper in dict.fromkeys((ending.ranks[0].outcome or {}).get("unwrapped", ())):
                 self.say(f"nbddp: {wrapper} was unwrapped: its .module came back")
             times |= ending.times | {"results loaded": time.monotonic()}
@@ -300,7 +320,7 @@ class _Attempt:
                 self.gate,
                 timeout=self.job.options.timeout,
                 grace=self.job.grace,
-                wait_until_gone=devices.gpus,
+                wait_until_gone=devices.gpus or launch.nnodes > 1,
                 wake=self.client.wake,
             )
             under_way = UnderWay(run, run_dir, self._sources(run_dir))
@@ -342,6 +362,9 @@ class _Attempt:
             umask=umask,
             path=_client.search_path(),
             start_method=self.start_method,
+            nnodes=self.job.options.nnodes,
+            node_rank=self.job.options.node_rank or 0,
+            rdzv_endpoint=self.job.options.rdzv_endpoint,
         )
 
     def _error(
@@ -368,6 +391,7 @@ class _Attempt:
             known=self.job.known - set(self.job.names),
             sent=sent,
             launcher=self.client.last_words() if run.launcher_died else None,
+            waiting=_machines.waiting(run.launch) if run.launch.nnodes > 1 else None,
         )
         return error_of(ending, circumstances)
 
@@ -392,7 +416,8 @@ def start_method(options: Options, client: _client.Client) -> str:
     except ValueError as error:
         raise LaunchError(str(error)) from None
     # macOS frameworks abort in forked children.
-    can_fork = sys.platform == "linux" and not client.cannot_fork
+    # Nor may an agent fork that serves torch's store, as the first of several machines' does: that has threads.
+    can_fork = sys.platform == "linux" and not client.cannot_fork and options.nnodes == 1
     return wanted or ("fork" if can_fork else "spawn")
 
 

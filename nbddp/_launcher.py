@@ -11,7 +11,7 @@ its answers:
 count gpus            answered by ``gpus``; the channel closes
 backends              answered by ``backends``, those of torch's process groups; the channel closes
 launch                ``started`` with the agent's pid; and when the run and all it left are gone, ``ended``
-finish                the run's ranks have reported; what is not gone by itself in a while is killed
+finish                the run's ranks have reported; what is not gone by itself in ``seconds`` is killed
 kill                  everything of the run is killed now
 (channel closed)      the same, unless it is to finish: a run lives no longer than the interest in it
 ====================  ===========================================================================================
@@ -279,7 +279,7 @@ class Launcher:
         for message in run.inbox.receive():
             match message["kind"]:
                 case "finish":
-                    run.deadline = time.monotonic() + _FINISH_SECONDS
+                    run.deadline = time.monotonic() + (message["seconds"] or _FINISH_SECONDS)
                 case "kill":
                     self._kill(run)
         if run.inbox.closed and run.pid in self._runs:

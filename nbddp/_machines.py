@@ -10,6 +10,22 @@ import re
 import socket
 import struct
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nbddp._agent import Launch
+
+# Seconds that this machine's agent waits for the others' at the end, and a little: torchrun's own exit barrier, to
+# which one that has failed does not come.
+END_SECONDS = 310.0
+
+# Seconds after which a line says what is waited for at the end.
+TELL_SECONDS = 3.0
+
+WAITING_FOR_END = (
+    "this machine's ranks are done; waiting for those of the other machines. An interrupt ends the wait, and loses "
+    "nothing here"
+)
 
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 
@@ -26,6 +42,23 @@ def parse_endpoint(text: str) -> tuple[str, int]:
     if found is None or not 0 < int(found["port"]) < 1 << 16:
         raise ValueError("that is not of the form HOST:PORT, as in node0:29500, with a port from 1 to 65535")
     return found["v6"] or found["host"], int(found["port"])
+
+
+def waiting(launch: Launch) -> str:
+    """Return what this machine waits for before its ranks start."""
+    host, port = parse_endpoint(launch.rdzv_endpoint or "")
+    others = [str(rank) for rank in range(launch.nnodes) if rank != launch.node_rank]
+    listed = ", ".join(others[:8]) + (", …" if len(others) > 8 else "")
+    machines = f"machine{'s' if len(others) > 1 else ''} {listed}"
+    if launch.node_rank == 0:
+        return (
+            f"this is machine 0 of {launch.nnodes}, and waits at port {port} for {machines}. Is the same launched "
+            f"there, with --nnodes {launch.nnodes} and a --node-rank of its own, and can {host}:{port} be reached?"
+        )
+    return (
+        f"this is machine {launch.node_rank} of {launch.nnodes}, and waits at {host}:{port} for {machines}. Is the "
+        f"same launched there, and is {host} the address of machine 0, at which port {port} can be reached?"
+    )
 
 
 def interface_to(endpoint: str) -> str | None:

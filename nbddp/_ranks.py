@@ -43,7 +43,7 @@ class RankState:
     """What is known of one rank.
 
     Attributes:
-        rank: Its number.
+        rank: Its number, through all machines of the run: what users see.
         pid: Its process.
         in_cell: Whether it has begun to run the cell.
         failing: That it has raised: what, and when. Comes before the report, which has the traceback.
@@ -58,6 +58,8 @@ class RankState:
         stopped: Whether it was ended by nbddp.
         asked: Whether it has been asked where it is, and has not answered.
         where: Where it last said that it is; see `nbddp._uplink._where`.
+        local: Its number on this machine, by which all that is kept of it is found.
+        world: How many ranks the run has, on all machines.
     """
 
     rank: int
@@ -78,6 +80,8 @@ class RankState:
     stopped: bool = False
     where: dict[str, Any] = field(default_factory=dict)
     asked: bool = False
+    local: int = 0
+    world: int = 1
 
     @property
     def is_consequence(self) -> bool:
@@ -111,7 +115,7 @@ class Ranks:
         began: Called when a rank begins the cell.
 
     Attributes:
-        states: The ranks by number.
+        states: The ranks by their number on this machine.
         attempt: How often torchrun has started them again.
         values: The values of the cell on the ranks that have one: a mime bundle and its metadata.
         times: When each stage was complete, on the rank that took longest for it (``time.monotonic``).
@@ -150,11 +154,16 @@ class Ranks:
     def failed(self) -> list[RankState]:
         """The ranks that failed: the first to fail first, those last that only noticed that another was gone."""
         failed = [
-            (state.is_consequence, at, state.rank)
+            (state.is_consequence, at, state.local)
             for state in self.states.values()
             if (at := state.failed_at) is not None
         ]
         return [self.states[rank] for _, _, rank in sorted(failed)]
+
+    @property
+    def first(self) -> int:
+        """The number of this machine's first rank; until one has connected, 0."""
+        return next((state.rank - state.local for state in self.states.values()), 0)
 
     @property
     def telling(self) -> list[RankState]:
@@ -229,13 +238,13 @@ class Ranks:
                     self.states[rank].exitcode = exitcode
 
     def _add_rank(self, inbox: _wire.Inbox, message: _wire.Message) -> RankState:
-        rank, attempt = message["rank"], message["attempt"]
+        rank, local, attempt = message["rank"], message["local"], message["attempt"]
         if attempt > self.attempt:
             self.attempt = attempt
             for old in self.states.values():
                 self._drain(old)
                 self._forget(old)
-                self._relay.restart(old.rank)
+                self._relay.restart(old.local)
             self.states = {}
             self.values = {}
         if not inbox.fds:
@@ -244,8 +253,9 @@ class Ranks:
         output = inbox.fds.pop(0)
         pidfd = inbox.fds.pop(0) if inbox.fds else None
         os.set_blocking(output, False)
-        state = RankState(rank, message["pid"], inbox, output, pidfd)
-        self.states[rank] = state
+        state = RankState(rank, message["pid"], inbox, output, pidfd, local=local, world=message["world"])
+        self.states[local] = state
+        self._relay.number_from(rank - local, message["world"])
         self._loop.watch(inbox.sock, partial(self._hear, state))
         self._outputs.register(output, selectors.EVENT_READ, state)
         if pidfd is not None:
@@ -270,10 +280,10 @@ class Ranks:
                     state.in_cell = True
                     self._began()
                 case "display" if message["value"]:
-                    self.values[state.rank] = message["data"], message["metadata"]
-                    self._relay.display(state.rank, message)
+                    self.values[state.local] = message["data"], message["metadata"]
+                    self._relay.display(state.local, message)
                 case "display":
-                    self._relay.display(state.rank, message)
+                    self._relay.display(state.local, message)
                 case "at":
                     state.where, state.asked = message, False
                 case "failing":
@@ -323,7 +333,7 @@ class Ranks:
         if not data:
             self._ignore_output(state)
             return 0
-        self._relay.feed(state.rank, data)
+        self._relay.feed(state.local, data)
         return len(data)
 
     def _drain(self, state: RankState) -> None:

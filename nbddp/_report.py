@@ -26,7 +26,7 @@ class Circumstances:
     Attributes:
         run_dir: Its files, still there.
         sources: The code that ran.
-        ranks: How many ranks it had.
+        ranks: How many ranks it had on this machine.
         env: Their environment.
         timeout: The --timeout that it had.
         oom_kills: How many processes the system killed for want of memory during the run.
@@ -35,6 +35,7 @@ class Circumstances:
         sent: The objects that went to the ranks.
         gate: Tells of interrupts.
         launcher: What the launcher said last, if it ended before the run did.
+        waiting: What this machine waits for before its ranks start, if there are several machines.
     """
 
     run_dir: RunDir
@@ -48,12 +49,14 @@ class Circumstances:
     known: Iterable[str] = ()
     sent: Sequence[Any] = ()
     launcher: str | None = None
+    waiting: str | None = None
 
 
 def error_of(ending: Ending, run: Circumstances) -> BaseException:
     """Return the exception for a run that did not end well."""
     if ending.cause in ("interrupted", "timeout"):
-        lines = _where.lines_of(ending.ranks, run.run_dir, run.sources) or ["no rank had started yet"]
+        lines = _where.lines_of(ending.ranks, run.run_dir, run.sources)
+        lines = lines or [f"no rank had started yet{f': {run.waiting}' if run.waiting else ''}"]
         if not all(state.in_cell or state.outcome for state in ending.ranks.values()) or not ending.ranks:
             lines += _hindrances(run)
         if ending.cause == "interrupted":
@@ -71,6 +74,8 @@ def error_of(ending: Ending, run: Circumstances) -> BaseException:
         words, what = _last_words(run.run_dir), "torchrun could not start the ranks"
         if (explained := _limits.explanation(what, "\n".join(words))) is not None:
             return LaunchError(explained)
+        if first is None and run.waiting is not None:
+            return LaunchError(f"{what}; {run.waiting}", notes=words)
         if first is None:
             return LaunchError(what, notes=(*words, *_hindrances(run)))
     said_nothing = first.outcome is None and first.failing is None
@@ -113,7 +118,7 @@ class _Story:
 
 def _rank_error(ending: Ending, first: RankState, run: Circumstances) -> RankError:
     story = _story(ending, first, run)
-    others = {rank: in_short_of_other(state, first) for rank, state in ending.ranks.items() if state is not first}
+    others = {state.rank: in_short_of_other(state, first) for state in ending.ranks.values() if state is not first}
     folded = "; ".join(_where.grouped(others))
     error = RankError(
         story.message,
@@ -122,8 +127,8 @@ def _rank_error(ending: Ending, first: RankState, run: Circumstances) -> RankErr
         exitcode=story.exitcode,
         others=others,
         tracebacks={
-            rank: _palette.uncoloured("\n".join(state.outcome["lines"]))
-            for rank, state in sorted(ending.ranks.items())
+            state.rank: _palette.uncoloured("\n".join(state.outcome["lines"]))
+            for _, state in sorted(ending.ranks.items())
             if state.outcome is not None and "lines" in state.outcome
         },
         details=story.details,
@@ -137,7 +142,7 @@ def _rank_error(ending: Ending, first: RankState, run: Circumstances) -> RankErr
 
 
 def _story(ending: Ending, first: RankState, run: Circumstances) -> _Story:
-    name = f"rank {first.rank} of {run.ranks}" if run.ranks > 1 else f"rank {first.rank}"
+    name = f"rank {first.rank} of {first.world}" if first.world > 1 else f"rank {first.rank}"
     outcome = first.outcome or {}
     match outcome.get("outcome"):
         case "raised":
@@ -154,7 +159,7 @@ def _story(ending: Ending, first: RankState, run: Circumstances) -> _Story:
         )
     story = _Story(f"{name} {how_it_died(first.exitcode)}", exitcode=first.exitcode)
     story.notes += _where.last_words(first, run.run_dir, run.sources)
-    said = run.said.get(first.rank, "")
+    said = run.said.get(first.local, "")
     if explained := _limits.explanation_of_death(run.ranks, said) or _advice.on_exception("", said):
         story.notes.append(explained)
     if first.exitcode == -9 and run.oom_kills:
@@ -178,8 +183,10 @@ def _story_of_exception(name: str, ending: Ending, first: RankState, run: Circum
             "can see; mention it in the cell"
         )
     explained = _limits.explanation_of_error(outcome["message"], "\n".join(outcome["lines"]))
-    finished = [r for r, s in sorted(ending.ranks.items()) if (s.outcome or {}).get("outcome") == "done"]
-    if finished and first.is_consequence:
+    finished = [s.rank for _, s in sorted(ending.ranks.items()) if (s.outcome or {}).get("outcome") == "done"]
+    if first.is_consequence and first.world > run.ranks:
+        story.notes.append(_advice.on_end_elsewhere(finished=bool(finished)))
+    elif finished and first.is_consequence:
         story.notes.append(_advice.on_early_end(rank_list(finished)))
     elif explained is not None:
         story.notes.append(explained)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbddp import _process, _wire
+from nbddp import _machines, _process, _wire
 from nbddp._agent import Launch
 from nbddp._loop import Loop
 from nbddp._memory import Meter
@@ -193,6 +193,11 @@ class Run:
         return self._launch.ranks
 
     @property
+    def launch(self) -> Launch:
+        """What the launcher was asked for."""
+        return self._launch
+
+    @property
     def env(self) -> Mapping[str, str]:
         """The ranks' environment."""
         return self._launch.env
@@ -270,11 +275,13 @@ class Run:
 
     def _say_who_has_not_begun(self) -> None:
         missing = [
-            rank
-            for rank in range(self._launch.ranks)
-            if (state := self._ranks.states.get(rank)) is None or not (state.in_cell or state.ended)
+            self._ranks.first + local
+            for local in range(self._launch.ranks)
+            if (state := self._ranks.states.get(local)) is None or not (state.in_cell or state.ended)
         ]
-        if missing and self._ladder is None:
+        if missing and self._ladder is None and self._launch.nnodes > 1 and not self._ranks.states:
+            self._relay.say(f"nbddp: {_machines.waiting(self._launch)}")
+        elif missing and self._ladder is None:
             have = "has" if len(missing) == 1 else "have"
             self._relay.say(
                 f"nbddp: {rank_list(missing)} {have} not begun the cell after {_SLOW_START_SECONDS:g} s. An interrupt "
@@ -336,9 +343,9 @@ class Run:
 
     def take_stack(self, state: RankState) -> None:
         """Have a rank write the Python stack of its main thread to its file in the run directory."""
-        path = RunDir.from_environment(self._launch.run_dir).stacks(state.rank)
+        path = RunDir.from_environment(self._launch.run_dir).stacks(state.local)
         with self._closing:
-            if self._closed or self._ranks.states.get(state.rank) is not state:
+            if self._closed or self._ranks.states.get(state.local) is not state:
                 return  # asked from another thread: its descriptor is closed, or another file's
             state.stack_at = os.stat(path).st_size if os.path.exists(path) else 0
             _process.signal_main_thread(state.pid, state.pidfd, STACK_SIGNAL)
@@ -415,16 +422,24 @@ class Run:
         if done:
             self._wake()
             with contextlib.suppress(OSError):
-                self._send("finish")
+                self._send("finish", seconds=_machines.END_SECONDS if self._launch.nnodes > 1 else None)
         else:
             self._send_kill()
         # A launcher that is still importing will find the request taken back.
         if self._agent is None or (done and not self._wait_until_gone and not self._leaves_processes(self._agent)):
             return
         deadline = time.monotonic() + _END_SECONDS
+        tell_at = float("inf")
+        if done and self._launch.nnodes > 1:
+            # Their ranks may still need what this machine's agent serves.
+            tell_at = time.monotonic() + _machines.TELL_SECONDS
+            deadline = min(self._deadline, time.monotonic() + _machines.END_SECONDS)
         while not self._launcher_ended and time.monotonic() < deadline:
-            self._loop.step(min(deadline, self._ranks.due))
+            self._loop.step(min(deadline, self._ranks.due, tell_at))
             self._ranks.tick()
+            if time.monotonic() >= tell_at:
+                tell_at = float("inf")
+                self._relay.say(f"nbddp: {_machines.WAITING_FOR_END}")
 
     def _leaves_processes(self, agent: int) -> bool:
         """Tell whether there are others than the ranks: if the launcher died now, these alone would outlive it."""
