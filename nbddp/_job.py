@@ -28,7 +28,6 @@ from nbddp import (
     _closure,
     _devices,
     _limits,
-    _machines,
     _plots,
     _process,
     _results,
@@ -382,8 +381,7 @@ class _Attempt:
         circumstances = Circumstances(
             run_dir,
             self._sources(run_dir),
-            run.ranks,
-            run.env,
+            run.launch,
             self.job.options.timeout,
             self.gate,
             oom_kills,
@@ -391,7 +389,6 @@ class _Attempt:
             known=self.job.known - set(self.job.names),
             sent=sent,
             launcher=self.client.last_words() if run.launcher_died else None,
-            waiting=_machines.waiting(run.launch) if run.launch.nnodes > 1 else None,
         )
         return error_of(ending, circumstances)
 

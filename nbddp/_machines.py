@@ -10,6 +10,7 @@ import re
 import socket
 import struct
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -59,6 +60,23 @@ def waiting(launch: Launch) -> str:
         f"this is machine {launch.node_rank} of {launch.nnodes}, and waits at {host}:{port} for {machines}. Is the "
         f"same launched there, and is {host} the address of machine 0, at which port {port} can be reached?"
     )
+
+
+def explanation(launch: Launch, words: Sequence[str]) -> str:
+    """Return why a machine's agent has ended before it could start a rank.
+
+    Args:
+        launch: What the agent was asked for.
+        words: What it said last.
+    """
+    port = parse_endpoint(launch.rdzv_endpoint or "")[1]
+    if any("EADDRINUSE" in word for word in words):
+        return (
+            f"this is machine {launch.node_rank} of {launch.nnodes}, and port {port}, at which the others are to find "
+            "it, is another program's. Choose another --rdzv-endpoint, on all machines"
+        )
+    said = f" It said: {words[-1]}" if words else ""
+    return f"{waiting(launch)}{said}"
 
 
 def interface_to(endpoint: str) -> str | None:

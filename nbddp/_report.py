@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbddp import _advice, _doctor, _limits, _palette, _raised, _where
+from nbddp import _advice, _doctor, _limits, _machines, _palette, _raised, _where
+from nbddp._agent import Launch
 from nbddp._errors import LaunchError, RankError, RunLostError, RunTimeout
 from nbddp._paths import RunDir
 from nbddp._ranks import RankState, how_it_died, in_short, in_short_of_other, rank_list
@@ -26,8 +27,7 @@ class Circumstances:
     Attributes:
         run_dir: Its files, still there.
         sources: The code that ran.
-        ranks: How many ranks it had on this machine.
-        env: Their environment.
+        launch: What the launcher was asked for.
         timeout: The --timeout that it had.
         oom_kills: How many processes the system killed for want of memory during the run.
         said: The end of what each rank has printed.
@@ -35,13 +35,11 @@ class Circumstances:
         sent: The objects that went to the ranks.
         gate: Tells of interrupts.
         launcher: What the launcher said last, if it ended before the run did.
-        waiting: What this machine waits for before its ranks start, if there are several machines.
     """
 
     run_dir: RunDir
     sources: Sources
-    ranks: int
-    env: Mapping[str, str]
+    launch: Launch
     timeout: float | None
     gate: InterruptGate
     oom_kills: int
@@ -49,14 +47,14 @@ class Circumstances:
     known: Iterable[str] = ()
     sent: Sequence[Any] = ()
     launcher: str | None = None
-    waiting: str | None = None
 
 
 def error_of(ending: Ending, run: Circumstances) -> BaseException:
     """Return the exception for a run that did not end well."""
     if ending.cause in ("interrupted", "timeout"):
         lines = _where.lines_of(ending.ranks, run.run_dir, run.sources)
-        lines = lines or [f"no rank had started yet{f': {run.waiting}' if run.waiting else ''}"]
+        where = f": {_machines.waiting(run.launch)}" if run.launch.nnodes > 1 else ""
+        lines = lines or [f"no rank had started yet{where}"]
         if not all(state.in_cell or state.outcome for state in ending.ranks.values()) or not ending.ranks:
             lines += _hindrances(run)
         if ending.cause == "interrupted":
@@ -74,8 +72,8 @@ def error_of(ending: Ending, run: Circumstances) -> BaseException:
         words, what = _last_words(run.run_dir), "torchrun could not start the ranks"
         if (explained := _limits.explanation(what, "\n".join(words))) is not None:
             return LaunchError(explained)
-        if first is None and run.waiting is not None:
-            return LaunchError(f"{what}; {run.waiting}", notes=words)
+        if first is None and run.launch.nnodes > 1:
+            return LaunchError(f"{what}: {_machines.explanation(run.launch, words)}")
         if first is None:
             return LaunchError(what, notes=(*words, *_hindrances(run)))
     said_nothing = first.outcome is None and first.failing is None
@@ -86,7 +84,7 @@ def error_of(ending: Ending, run: Circumstances) -> BaseException:
 
 def _hindrances(run: Circumstances) -> list[str]:
     """Return what there is on this machine that keeps ranks from starting; a line each, as ``%ddp doctor`` has it."""
-    return [finding.line() for finding in _doctor.quick(run.env, run.ranks)]
+    return [finding.line() for finding in _doctor.quick(run.launch.env, run.launch.ranks)]
 
 
 def interrupted(lines: Sequence[str], summary: str = "the run was interrupted") -> KeyboardInterrupt:
@@ -160,7 +158,7 @@ def _story(ending: Ending, first: RankState, run: Circumstances) -> _Story:
     story = _Story(f"{name} {how_it_died(first.exitcode)}", exitcode=first.exitcode)
     story.notes += _where.last_words(first, run.run_dir, run.sources)
     said = run.said.get(first.local, "")
-    if explained := _limits.explanation_of_death(run.ranks, said) or _advice.on_exception("", said):
+    if explained := _limits.explanation_of_death(run.launch.ranks, said) or _advice.on_exception("", said):
         story.notes.append(explained)
     if first.exitcode == -9 and run.oom_kills:
         story.notes.append(
@@ -184,7 +182,7 @@ def _story_of_exception(name: str, ending: Ending, first: RankState, run: Circum
         )
     explained = _limits.explanation_of_error(outcome["message"], "\n".join(outcome["lines"]))
     finished = [s.rank for _, s in sorted(ending.ranks.items()) if (s.outcome or {}).get("outcome") == "done"]
-    if first.is_consequence and first.world > run.ranks:
+    if first.is_consequence and first.world > run.launch.ranks:
         story.notes.append(_advice.on_end_elsewhere(finished=bool(finished)))
     elif finished and first.is_consequence:
         story.notes.append(_advice.on_early_end(rank_list(finished)))

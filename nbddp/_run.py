@@ -247,7 +247,8 @@ class Run:
             self._slow_start_at = float("inf")
             self._say_who_has_not_begun()
         if self._ladder is None and time.monotonic() >= self._deadline:
-            self._stop("timeout", Ladder.of_interrupt(self._grace))
+            # Without a rank there is nobody to wait for.
+            self._stop("timeout", Ladder.of_interrupt(self._grace) if self._ranks.states else Ladder.of_impatience())
         if self._ladder is None and (failed := self._ranks.failed):
             attempt = self._ranks.attempt
             if attempt < self._launch.max_restarts and self._announced < attempt:
