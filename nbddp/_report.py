@@ -79,7 +79,24 @@ def error_of(ending: Ending, run: Circumstances) -> BaseException:
     said_nothing = first.outcome is None and first.failing is None
     if ending.agent_status is not None and ending.agent_status < 0 and said_nothing:
         return RunLostError(f"torchrun's agent {how_it_died(ending.agent_status)}, and the ranks with it")
-    return _rank_error(ending, first, run)
+    return _rank_error(ending, _best_told(ending, first), run)
+
+
+def _best_told(ending: Ending, first: RankState) -> RankState:
+    """Return the rank whose failure is told: the first, or one that has failed alike and could say how.
+
+    torchrun ends all ranks as soon as one is gone. Where ranks are new interpreters a traceback takes a second, and who
+    begins with it first need not be done first.
+    """
+    if first.outcome is not None or first.failing is None:
+        return first
+    alike = (
+        state
+        for state in ending.ranks.values()
+        if (state.outcome or {}).get("outcome") == "raised"
+        and (in_short(state) == in_short(first) or (state.is_consequence and first.is_consequence))
+    )
+    return next(alike, first)
 
 
 def _hindrances(run: Circumstances) -> list[str]:
