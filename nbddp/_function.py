@@ -183,8 +183,10 @@ def _is(kind: Callable[[Any], bool], fn: Any) -> bool:
 
 
 def _parameters(fn: Callable[..., Any]) -> list[str]:
+    """Return the names by which arguments of a function can be given."""
+    named = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
     try:
-        return list(inspect.signature(fn).parameters)
+        return [name for name, one in inspect.signature(fn).parameters.items() if one.kind in named]
     except (TypeError, ValueError):  # some builtins do not tell
         return []
 
