@@ -34,8 +34,8 @@ def check(backend: str, there: Sequence[str], *, gpus: bool) -> None:
         name = part.rpartition(":")[2].strip().lower()
         if name not in there:
             close = difflib.get_close_matches(name, there, 1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            raise LaunchError(f"--backend {backend}: torch has {_listed(there)} here, and no {name!r}.{hint}")
+            hint = f"Did you mean {close[0]}?" if close else "Without --backend it is nccl on GPUs and gloo on the CPU"
+            raise LaunchError(f"--backend {backend}: torch has {_listed(there)} here, and no {name!r}. {hint}")
         if name == "nccl" and not gpus and ":" not in part:
             raise LaunchError(
                 f"--backend {backend}: NCCL is for GPUs, and these ranks are on the CPU; leave it to gloo"

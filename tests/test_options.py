@@ -178,7 +178,15 @@ def test_backend(kernel: Kernel) -> None:
     assert kernel.ok("%%ddp --cpus 1\nprint(dist.get_backend())").text == "gloo\n"
     reply = kernel.run("%%ddp --cpus 1 --backend nonsense\nprint(1)")
     assert reply.error == "LaunchError"
-    assert reply.message == "--backend nonsense: torch has gloo here, and no 'nonsense'."
+    assert reply.message == (
+        "--backend nonsense: torch has gloo here, and no 'nonsense'. Without --backend it is nccl on GPUs and gloo on "
+        "the CPU"
+    )
+    assert "no 'glo'. Did you mean gloo?" in kernel.run("%%ddp --cpus 1 --backend cpu:glo\nprint(1)").message
+    reply = kernel.run("%%ddp --cpus 1 --backend nonsense --dry-run\nprint(1)")
+    assert reply.error == "LaunchError"
+    # Who makes the group himself may have what nbddp does not know of.
+    assert kernel.ok("%%ddp --cpus 1 --backend nonsense --no-init\nprint(1)").text == "1\n"
 
 
 def test_a_line_is_read_as_people_mean_it() -> None:
