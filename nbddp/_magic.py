@@ -120,6 +120,8 @@ class DDPMagics(Magics):
             return self._cell(_expanded(line, scope), cell)
         except HelpAsked as asked:
             sys.stdout.write(str(asked))
+        except RankError:
+            raise  # what a rank has raised may be an OptionError as well
         except OptionError as error:
             raise UsageError(str(error)) from None
         return None

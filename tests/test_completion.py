@@ -70,6 +70,8 @@ def test_in_ipython_itself(tmp_path: Path) -> None:
     )
     shown, after = run.stdout.splitlines()[-2:]
     cases = [case for case in CASES if "\n" not in case[0]]
+    # The terminal's title may stand before it.
+    shown = shown[shown.index("[[") :]
     for matches, (line, offered, not_offered) in zip(json.loads(shown), cases, strict=True):
         assert offered <= last_parts(matches), line
         assert not not_offered & last_parts(matches), line

@@ -103,6 +103,12 @@ def test_an_error_is_that_of_the_rank(kernel: Kernel) -> None:
     assert reply.message.startswith("%ddp: cannot bring back '_' (generator)")
 
 
+def test_an_option_error_of_a_rank_is_the_ranks(kernel: Kernel) -> None:
+    kernel.ok("import nbddp")
+    reply = kernel.run("%ddp --cpus 1 nbddp.RunOptions(gpus=0)")
+    assert reply.failure == "rank 0 raised OptionError: --gpus 0: a run has at least one rank"
+
+
 def test_a_dry_run_evaluates_nothing(kernel: Kernel) -> None:
     kernel.ok("loss = 1")
     reply = kernel.ok("%ddp --cpus 2 --dry-run print('ran', loss)")
