@@ -233,7 +233,7 @@ class Counter:
 class Pretended:
     """A rank without a process: the ends of its pipe and of its socket."""
 
-    def __init__(self, rank: int, path: str, secret: str) -> None:
+    def __init__(self, rank: int, world: int, path: str, secret: str) -> None:
         self.rank = rank
         self.steps = 0
         self._marks = _wire.mark(secret, "e"), _wire.mark(secret, "o")
@@ -241,7 +241,7 @@ class Pretended:
         # Questions are not read; they do not fill it in the time that this takes.
         self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 18)
         out, self._into = os.pipe()
-        _wire.send(self._sock, "rank", fds=[out], rank=rank, pid=os.getpid(), attempt=0)
+        _wire.send(self._sock, "rank", fds=[out], rank=rank, local=rank, world=world, pid=os.getpid(), attempt=0)
         os.close(out)
         _wire.send(self._sock, "begin")
 
@@ -307,7 +307,7 @@ def _simulate(count: int, seconds: float) -> tuple[Counter, float]:
         panel = Panel(ranks, count, relay.outputs, screen, Meter())
         pretended = []
         for rank in range(count):
-            pretended.append(Pretended(rank, path, secret))
+            pretended.append(Pretended(rank, count, path, secret))
             stack.callback(pretended[-1].close)
             while len(ranks.states) <= rank:
                 loop.step(time.monotonic() + 1)

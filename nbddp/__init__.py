@@ -1,7 +1,8 @@
 """Multi-GPU PyTorch from a notebook.
 
 After ``%load_ext nbddp``, a cell that starts with ``%%ddp --gpus 4`` runs on four ranks under torchrun, on the
-notebook's own variables. `launch` does the same for a function, in notebooks of any kind and in scripts.
+notebook's own variables. `launch` does the same for a function, in notebooks of any kind and in scripts; `RunOptions`
+are the options of both.
 
 Importing this package imports neither torch nor IPython.
 """
@@ -23,6 +24,7 @@ from nbddp._errors import (
 
 if TYPE_CHECKING:
     from nbddp._function import launch
+    from nbddp._options import OptionError, RunOptions
 
 __version__ = "0.1.0"
 
@@ -31,9 +33,11 @@ __all__ = [
     "ExportError",
     "LaunchError",
     "NbddpError",
+    "OptionError",
     "RankError",
     "ResultError",
     "RunLostError",
+    "RunOptions",
     "RunTimeout",
     "launch",
 ]
@@ -44,6 +48,10 @@ def __getattr__(name: str) -> Any:
         from nbddp._function import launch
 
         return launch
+    if name in ("OptionError", "RunOptions"):
+        from nbddp import _options
+
+        return getattr(_options, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -91,6 +91,19 @@ def on_exception(kind: str, message: str) -> str | None:
     return next((advice for pattern, advice in _PATTERNS if pattern.search(text)), None)
 
 
+def on_end_elsewhere(*, finished: bool) -> str:
+    """Return the advice for ranks that lost those of another machine.
+
+    Args:
+        finished: Whether some of this machine's have ended without an error, so that these may be the ones.
+    """
+    here = ", or ranks of this one that finished, " if finished else " "
+    return (
+        f"The ranks of another machine{here}ended first, and this rank was still to exchange something with them. What "
+        "they raised is shown where they were launched"
+    )
+
+
 def on_early_end(finished: str) -> str:
     """Return what to do when a rank waited for others that had come to the end of the cell."""
     return (

@@ -41,6 +41,9 @@ class Launch:
         umask: Their umask.
         path: Their ``sys.path``; under "spawn" their interpreter's own, and the script adds the notebook's folders.
         start_method: "fork" or "spawn".
+        nnodes: How many machines; of each, an agent is started by hand.
+        node_rank: Which of them this one is.
+        rdzv_endpoint: ``HOST:PORT`` at which the agents meet; None on one machine.
     """
 
     run_dir: str
@@ -51,21 +54,40 @@ class Launch:
     umask: int
     path: Sequence[str]
     start_method: str
+    nnodes: int = 1
+    node_rank: int = 0
+    rdzv_endpoint: str | None = None
 
     def torchrun_arguments(self) -> list[str]:
         """Return what torchrun is called with, the script included."""
         run = RunDir.from_environment(self.run_dir)
         return [
-            *torchrun_options(self.ranks, self.max_restarts, self.start_method),
+            *torchrun_options(
+                self.ranks, self.max_restarts, self.start_method, self.nnodes, self.node_rank, self.rdzv_endpoint
+            ),
             *("--log-dir", run.torchrun_logs),  # its own would stay in /tmp
             run.script,
         ]
 
 
-def torchrun_options(ranks: int, max_restarts: int, start_method: str) -> list[str]:
-    """Return torchrun's options for a run on this machine."""
-    options = ["--nnodes", "1", "--nproc-per-node", str(ranks)]
-    options += ["--rdzv-backend", BACKEND, "--rdzv-endpoint", f"{LOOPBACK}:0", "--rdzv-id", BACKEND]
+def torchrun_options(
+    ranks: int,
+    max_restarts: int,
+    start_method: str,
+    nnodes: int = 1,
+    node_rank: int = 0,
+    rdzv_endpoint: str | None = None,
+) -> list[str]:
+    """Return torchrun's options for a run, or for this machine's part of one."""
+    options = ["--nnodes", str(nnodes), "--nproc-per-node", str(ranks)]
+    if nnodes == 1:
+        options += ["--rdzv-backend", BACKEND, "--rdzv-endpoint", f"{LOOPBACK}:0", "--rdzv-id", BACKEND]
+    else:
+        # Not c10d: it unpickles what the agents say of themselves, so who reaches its port can run code; and which
+        # machine is which would be its choice.
+        assert rdzv_endpoint is not None
+        options += ["--rdzv-backend", "static", "--rdzv-endpoint", rdzv_endpoint, "--rdzv-id", BACKEND]
+        options += ["--node-rank", str(node_rank)]
     if max_restarts:
         options += ["--max-restarts", str(max_restarts)]
     if start_method == "fork":
@@ -128,7 +150,7 @@ def _torchrun(arguments: list[str]) -> list[tuple[int, int]]:
     try:
         torchrun.elastic_launch(config, command)(*command_arguments)
     except ChildFailedError as error:
-        return [(rank, failure.exitcode) for rank, failure in error.failures.items()]
+        return [(failure.local_rank, failure.exitcode) for failure in error.failures.values()]
     return []
 
 

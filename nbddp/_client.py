@@ -12,6 +12,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 from nbddp import _limits, _process, _settings, _wire
 from nbddp._errors import LaunchError
@@ -151,8 +153,8 @@ class Client:
                             raise self.launcher_died() from error
         raise AssertionError("unreachable")
 
-    def start_method(self, env: Mapping[str, str]) -> str:
-        """Return how ranks with this environment are started: "fork" or "spawn".
+    def start_method(self, env: Mapping[str, str], machines: int = 1) -> str:
+        """Return how ranks with this environment, on so many machines, are started: "fork" or "spawn".
 
         Raises:
             LaunchError: The user asks for another way.
@@ -162,7 +164,8 @@ class Client:
         except ValueError as error:
             raise LaunchError(str(error)) from None
         # macOS frameworks abort in forked children.
-        can_fork = sys.platform == "linux" and not self.cannot_fork
+        # Nor may an agent fork that serves torch's store, as the first of several machines' does: that has threads.
+        can_fork = sys.platform == "linux" and not self.cannot_fork and machines == 1
         return wanted or ("fork" if can_fork else "spawn")
 
     def count_gpus(self, env: Mapping[str, str], gate: InterruptGate, seconds: float | None = None) -> int:
@@ -177,19 +180,40 @@ class Client:
             LaunchError: There is no launcher to be had, or it cannot count.
             TimeoutError: It has not answered in time.
         """
+        question = {"env": dict(env)}
+        return int(self._ask("count gpus", "the GPUs could not be counted", env, gate, seconds, question)["count"])
+
+    def backends(self, env: Mapping[str, str], gate: InterruptGate) -> list[str]:
+        """Ask the launcher which backends torch has for process groups.
+
+        Raises:
+            LaunchError: There is no launcher to be had.
+        """
+        return list(self._ask("backends", "torch's backends could not be looked up", env, gate)["names"])
+
+    def _ask(
+        self,
+        kind: str,
+        fault: str,
+        env: Mapping[str, str],
+        gate: InterruptGate,
+        seconds: float | None = None,
+        fields: Mapping[str, Any] = MappingProxyType({}),
+    ) -> _wire.Message:
+        """Return the launcher's answer to a question with these fields; `fault` is what is said if it refuses."""
         channel = self.open_channel(env)
         answer = select.poll()
         answer.register(channel.sock, select.POLLIN)
         try:
             with gate.open():
-                _wire.send(channel.sock, "count gpus", env=dict(env))
+                _wire.send(channel.sock, kind, **fields)
                 while not channel.closed:
                     if not answer.poll(None if seconds is None else seconds * 1000):
                         break
                     for message in channel.receive():
                         if message["kind"] == "refused":
-                            raise LaunchError(f"the GPUs could not be counted: {message['reason']}")
-                        return int(message["count"])
+                            raise LaunchError(f"{fault}: {message['reason']}")
+                        return message
                 else:
                     raise self.launcher_died()
         except OSError:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from nbddp import _process
+from nbddp import _machines, _process
 from nbddp._errors import LaunchError
 from nbddp._options import Options
 
@@ -128,6 +128,11 @@ def environment(base: Mapping[str, str], options: Options, devices: Devices) -> 
         env["CUDA_VISIBLE_DEVICES"] = devices.visible
     # torchrun's own default of one thread would leave most of a large machine idle.
     env.setdefault("OMP_NUM_THREADS", str(threads_per_rank(devices.ranks)))
+    if options.nnodes > 1:
+        # NCCL leaves loopback out by itself, and may know of faster ways than the one to the meeting point.
+        if (interface := _machines.interface_to(options.rdzv_endpoint or "")) is not None:
+            env.setdefault("GLOO_SOCKET_IFNAME", interface)
+        return env
     # On one machine nothing has to listen where another could reach it.
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         env.setdefault(name, LOOPBACK_INTERFACE)

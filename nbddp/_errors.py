@@ -3,6 +3,7 @@
 ::
 
     NbddpError
+    ├── OptionError       an option is unknown or cannot be (also a ValueError); nothing was launched
     ├── CaptureError      a notebook variable cannot be sent to the ranks; nothing was launched
     ├── LaunchError       no rank ever ran the cell: devices, launcher, torchrun, disk space
     ├── RunLostError      what the ranks depend on was ended by something else, and they with it
@@ -10,6 +11,8 @@
     ├── RunTimeout        --timeout passed (also a TimeoutError)
     ├── ResultError       the cell ran, but the names of --out could not be brought back
     └── ExportError       a cell cannot be written as a script; nothing was written
+
+OptionError is defined beside the options, in `nbddp._options`.
 
 An interrupted run raises a plain KeyboardInterrupt, so that "Run All" stops as it does for any cell.
 
@@ -19,8 +22,12 @@ compare them from run to run.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from types import TracebackType
 from typing import Any
+
+_OWN = os.path.dirname(__file__)
 
 
 class NbddpError(Exception):
@@ -54,8 +61,27 @@ class NbddpError(Exception):
         # Exceptions are unpickled by calling their type with `args`, which lack what is keyword-only.
         return _remade, (type(self), self.args, self.__dict__)
 
+    # Whether `%debug` is to stop at the call of nbddp, instead of in the function that was called.
+    _ends_at_call = False
+
     def _render_traceback_(self) -> list[str]:
+        if self._ends_at_call:
+            _cut_own_frames(self.__traceback__)
         return [*self._details, f"{type(self).__name__}: {self}", *self._below]
+
+
+def _cut_own_frames(tb: TracebackType | None) -> None:
+    """Cut a traceback off where it enters nbddp."""
+    while tb is not None and tb.tb_next is not None:
+        if os.path.dirname(tb.tb_next.tb_frame.f_code.co_filename) == _OWN:
+            tb.tb_next = None
+        tb = tb.tb_next
+
+
+def end_at_call(error: NbddpError) -> None:
+    """Leave out, of an error that is about to be raised, the frames of nbddp's own between the user's call and it."""
+    error._ends_at_call = True
+    error.__traceback__ = None
 
 
 def _remade(kind: type[NbddpError], args: tuple[Any, ...], state: dict[str, Any]) -> NbddpError:
@@ -149,9 +175,8 @@ class RankError(NbddpError):
         self.tracebacks = dict(tracebacks or {})
 
     def _render_traceback_(self) -> list[str]:
-        if self._headline is None:
-            return super()._render_traceback_()
-        return [*self._details, self._headline, *self._below]
+        lines = super()._render_traceback_()
+        return lines if self._headline is None else [*self._details, self._headline, *self._below]
 
 
 class RunTimeout(NbddpError, TimeoutError):  # noqa: N818  # as TimeoutError's cousins in asyncio and socket

@@ -60,13 +60,13 @@ def init(backend: str | None, device: torch.device, run_dir: RunDir | None, plac
     Args:
         backend: Its backend; None for the one that suits the device.
         device: The rank's own.
-        run_dir: The run's files, in which the ranks meet; None to meet as torchrun's environment says.
+        run_dir: The run's files, in which the ranks of one machine meet; None to meet as torchrun's environment says.
         place: The number of the meeting place; that of torchrun's attempt by default.
     """
     global _ours, _store
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if run_dir is not None:
+    if run_dir is not None and os.environ["GROUP_WORLD_SIZE"] == "1":
         if place is None:
             place = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
         store: Any = dist.FileStore(run_dir.meeting_place(place), world_size)

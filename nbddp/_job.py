@@ -22,7 +22,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nbddp import _client, _closure, _devices, _kept, _limits, _plots, _process, _results, _settings, _wire
+from nbddp import (
+    _backends,
+    _client,
+    _closure,
+    _devices,
+    _kept,
+    _limits,
+    _plots,
+    _process,
+    _results,
+    _settings,
+    _wire,
+)
 from nbddp._agent import Launch, torchrun_options
 from nbddp._errors import LaunchError, NbddpError, RunLostError
 from nbddp._memory import Meter
@@ -148,11 +160,19 @@ def dry_run(job: Job, client: _client.Client) -> str:
     env = {**os.environ, **job.options.env}
     with InterruptGate() as gate:
         devices = _devices.choose(job.options, env, lambda: client.count_gpus(env, gate))
+        _check_backend(job.options, devices, lambda: client.backends(env, gate))
         with gate.open():
             snapshot = _closure.capture(job.names, job.namespace, job.lines, job.place)
     if job.options.keep_script is not None:
         _export(_script(job, devices, snapshot), job.options.keep_script)
-    options = torchrun_options(devices.ranks, job.options.max_restarts, client.start_method(env))
+    options = torchrun_options(
+        devices.ranks,
+        job.options.max_restarts,
+        client.start_method(env, job.options.nnodes),
+        job.options.nnodes,
+        job.options.node_rank or 0,
+        job.options.rdzv_endpoint,
+    )
     lines = [devices.note] if devices.note else []
     lines.append("torchrun " + " ".join(options) + " <generated script>")
     return "\n".join([*lines, *_closure.explain(job.names, job.namespace, job.lines, snapshot)])
@@ -205,6 +225,7 @@ def prepare(
         devices = kept.devices
     else:
         devices = _devices.choose(job.options, env, lambda: client.count_gpus(env, gate), job.in_use())
+        _check_backend(job.options, devices, lambda: client.backends(env, gate))
         if devices.note:
             said(devices.note)
     _check_numbers(job, devices, lambda: client.count_gpus(os.environ, gate))
@@ -266,7 +287,7 @@ def _interruptible(gate: InterruptGate, what: str) -> Iterator[None]:
 
 def _check_numbers(job: Job, devices: _devices.Devices, count_gpus: Callable[[], int]) -> None:
     """Refuse ranks and devices that there are not."""
-    if job.view.ranks is not None and max(job.view.ranks) >= devices.ranks:
+    if job.view.ranks is not None and max(job.view.ranks) >= devices.ranks and job.options.nnodes == 1:
         raise LaunchError(f"--ranks {max(job.view.ranks)}: this run has {_ranks_of(devices.ranks)}")
     if job.wanted.device is not None:
         _devices.check_out_device(job.wanted.device, count_gpus)
@@ -360,7 +381,7 @@ class Prepared:
             ending = self._run(gate)
             with _interruptible(gate, "the results were loaded; nothing was assigned"):
                 reports = {rank: state.outcome or {} for rank, state in ending.ranks.items() if not state.spared}
-                results = _results.read(self.job.wanted, reports, self.sent)
+                results = _results.read(self.job.wanted, reports, self.sent, ending.ranks[0].rank)
             for wrapper in dict.fromkeys(reports[min(reports)].get("unwrapped", ())):
                 self.say(f"nbddp: {wrapper} was unwrapped: its .module came back")
             times = self.times | ending.times | {"results loaded": time.monotonic()}
@@ -447,7 +468,7 @@ class Prepared:
             stay=kept is not None and not self.job.last,
             timeout=self.job.options.timeout,
             grace=self.job.grace,
-            wait_until_gone=self.devices.gpus or self.job.last,
+            wait_until_gone=self.devices.gpus or self.job.last or world.launch.nnodes > 1,
         )
         oom_kills = _process.oom_kills()
         under_way = UnderWay(run, self.run_dir, self._sources())
@@ -496,7 +517,10 @@ class Prepared:
             cwd=_client.working_directory() or None,
             umask=umask,
             path=_client.search_path(),
-            start_method=self.client.start_method(env),
+            start_method=self.client.start_method(env, self.job.options.nnodes),
+            nnodes=self.job.options.nnodes,
+            node_rank=self.job.options.node_rank or 0,
+            rdzv_endpoint=self.job.options.rdzv_endpoint,
         )
 
     def _error(
@@ -508,8 +532,7 @@ class Prepared:
         circumstances = Circumstances(
             self.run_dir,
             self._sources(),
-            run.ranks,
-            run.env,
+            run.launch,
             self.job.options.timeout,
             gate,
             oom_kills,
@@ -519,6 +542,11 @@ class Prepared:
             launcher=self.client.last_words() if run.world.launcher_died else None,
         )
         return error_of(ending, circumstances)
+
+
+def _check_backend(options: Options, devices: _devices.Devices, there: Callable[[], list[str]]) -> None:
+    if options.backend is not None and options.init:
+        _backends.check(options.backend, there(), gpus=devices.gpus)
 
 
 def _ranks_of(count: int) -> str:

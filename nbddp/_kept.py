@@ -369,6 +369,9 @@ class _Pending:
     def restart(self, rank: int) -> None:
         """Do nothing: kept ranks are not started again."""
 
+    def number_from(self, first: int, world: int) -> None:
+        """Do nothing: they are on one machine."""
+
     def replay(self, relay: Relay) -> None:
         """Hand over what there is."""
         for rank, item in self._items:

@@ -9,8 +9,9 @@ its answers:
 
 ====================  ===========================================================================================
 count gpus            answered by ``gpus``; the channel closes
+backends              answered by ``backends``, those of torch's process groups; the channel closes
 launch                ``started`` with the agent's pid; and when the run and all it left are gone, ``ended``
-finish                the run's ranks have reported; what is not gone by itself in a while is killed
+finish                the run's ranks have reported; what is not gone by itself in ``seconds`` is killed
 kill                  everything of the run is killed now
 (channel closed)      the same, unless it is to finish: a run lives no longer than the interest in it
 ====================  ===========================================================================================
@@ -36,7 +37,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from nbddp import _agent, _limits, _process, _repair, _wire
+from nbddp import _agent, _backends, _limits, _process, _repair, _wire
 from nbddp._paths import RunDir, remove_session
 
 # What the kernel sends instead of a channel: when it goes on without this launcher, and when its session is over. Only
@@ -204,6 +205,9 @@ class Launcher:
                     except OSError as error:
                         self._answer(inbox, "refused", reason=_refusal(error))
                     self._forget(inbox)
+                case "backends":
+                    self._answer(inbox, "backends", names=_backends.available())
+                    self._forget(inbox)
                 case "launch":
                     self._launch(inbox, _agent.Launch(**message))
 
@@ -275,7 +279,7 @@ class Launcher:
         for message in run.inbox.receive():
             match message["kind"]:
                 case "finish":
-                    run.deadline = time.monotonic() + _FINISH_SECONDS
+                    run.deadline = time.monotonic() + (message["seconds"] or _FINISH_SECONDS)
                 case "kill":
                     self._kill(run)
         if run.inbox.closed and run.pid in self._runs:

@@ -48,7 +48,7 @@ def show(words: Sequence[str], logs: str | None) -> None:
     paths = _paths(logs)
     rank = asked.rank if asked.rank is not None else asked.number
     if rank is not None and rank not in paths:
-        raise LaunchError(f"%ddp log --rank {rank}: the last run had ranks 0 to {max(paths)}")
+        raise LaunchError(f"%ddp log --rank {rank}: the last run had ranks {min(paths)} to {max(paths)}")
     chosen = paths if rank is None else {rank: paths[rank]}
     if asked.save is not None:
         _save(chosen, asked.save)

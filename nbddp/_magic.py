@@ -1,7 +1,7 @@
 """``%%ddp`` and ``%ddp``: what the notebook's user types, and nothing more.
 
-Only this module knows the notebook's shell. It reads the line, prepares the cell, hands both to `nbddp._job`, and puts
-what comes back into the notebook's namespace.
+Only this module knows the notebook's shell. It reads the line, prepares the cell or the expression, hands both to
+`nbddp._job`, and puts what comes back into the notebook's namespace.
 """
 
 from __future__ import annotations
@@ -17,18 +17,33 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 from IPython.core.error import UsageError
-from IPython.core.magic import Magics, line_cell_magic, magics_class
-from traitlets import Bool, Float, Int
+from IPython.core.magic import Magics, line_cell_magic, magics_class, needs_local_scope, no_var_expand
+from IPython.utils.text import DollarFormatter
+from traitlets import Bool, Float, Int, TraitError, Unicode, validate
 
-from nbddp import _background, _cells, _closure, _doctor, _job, _kept, _logs, _names, _running, _settings
+from nbddp import (
+    _background,
+    _cells,
+    _closure,
+    _completion,
+    _doctor,
+    _expression,
+    _job,
+    _kept,
+    _logs,
+    _names,
+    _running,
+    _settings,
+)
 from nbddp._background import BackgroundRun, BackgroundScreen
 from nbddp._errors import LaunchError, NbddpError, RankError, ResultError
-from nbddp._function import client
-from nbddp._options import HelpAsked, OptionError, Options, help_text, option_names, parse
+from nbddp._function import client, refuse_in_rank
+from nbddp._options import HelpAsked, OptionError, Options, help_text, parse
 from nbddp._relay import DISPLAY_LIMIT, TEXT_LIMIT, View
 from nbddp._results import Wanted
 from nbddp._screen import of_this_cell, screen_of
@@ -110,27 +125,45 @@ class DDPMagics(Magics):
     plain = Bool(False, help="Show rank after rank, without colours and panel: the same at every run.").tag(config=True)
     grace = Float(GRACE_SECONDS, min=0, help="Seconds that ranks have to end after an interrupt.").tag(config=True)
 
-    @line_cell_magic  # type: ignore[untyped-decorator]  # IPython's
-    def ddp(self, line: str, cell: str | None = None) -> CellValue | BackgroundRun | dict[str, Any] | None:
-        # The docstring is the help text; see below.
-        if cell is None:
-            return self._line(line)
-        # What the cell consists of is not to be sent once more.
-        auto, self._auto_options = self._auto_options, None
-        try:
-            return self._run_cell(line, cell)
-        finally:
-            self._auto_options = self._auto_options or auto
+    defaults = Unicode("", help="Options that hold where a line says nothing else, such as '--cpus 2 --plain'.").tag(
+        config=True
+    )
 
-    def _run_cell(self, line: str, cell: str) -> CellValue | BackgroundRun | None:
+    @validate("defaults")
+    def _check_defaults(self, proposal: Any) -> str:
         try:
-            options = parse(line)
+            parse("", proposal["value"])
+        except (HelpAsked, OptionError) as error:
+            raise TraitError(f"DDPMagics.defaults = {proposal['value']!r}: {error}") from None
+        return str(proposal["value"])
+
+    # IPython itself would put the notebook's values in the place of what stands between braces, in expressions too.
+    @needs_local_scope  # type: ignore[untyped-decorator]  # IPython's, all of them
+    @no_var_expand  # type: ignore[untyped-decorator]
+    @line_cell_magic  # type: ignore[untyped-decorator]
+    def ddp(self, line: str, cell: str | None = None, local_ns: Mapping[str, Any] | None = None) -> Any:
+        # The docstring is the help text; see below.
+        scope = {**self.shell.user_ns, **(local_ns or {})}
+        try:
+            if cell is None:
+                return self._line(line, scope)
+            # What the cell consists of is not to be sent to kept ranks once more.
+            auto, self._auto_options = self._auto_options, None
+            try:
+                return self._cell(_expanded(line, scope), cell)
+            finally:
+                self._auto_options = auto
         except HelpAsked as asked:
             sys.stdout.write(str(asked))
-            return None
+        except RankError:
+            raise  # what a rank has raised may be an OptionError as well
         except OptionError as error:
             raise UsageError(str(error)) from None
-        job = self._job(line, cell, options)
+        return None
+
+    def _cell(self, line: str, cell: str) -> CellValue | BackgroundRun | None:
+        options = parse(line, self.defaults)
+        job = self._job_of_cell(line, cell, options)
         self._last_cell = line, cell
         self._expanded[_cell_number(self.shell)] = line
         if options.dry_run:
@@ -138,21 +171,9 @@ class DDPMagics(Magics):
             return None
         if options.bg is not None:
             return self._begin(job, options.bg)
-        self._left_over = {}
         if options.auto:
             sys.stdout.write("nbddp: this cell runs on the kept ranks, not in the notebook (%ddp auto off)\n")
-        try:
-            finished = _job.perform(job, client, screen_of(self.shell))
-        except ResultError as error:
-            self._left_over = error.results
-            raise
-        except RankError as error:
-            failure: RankError | None = error
-        else:
-            failure = None
-        if failure is not None:
-            # What %debug stops at, and shows.
-            raise failure.with_traceback(None)  # The rank has ended, its variables with it: print them in the cell
+        finished = self._perform(job)
         stale = _stale_optimizers(self.shell.user_ns, finished.results)
         # One call into C, which no interrupt can tear.
         self.shell.user_ns.update(finished.results)
@@ -172,7 +193,19 @@ class DDPMagics(Magics):
         self.shell.user_ns[name] = run
         return None
 
-    def _job(self, line: str, source: str, options: Options) -> _job.Job:
+    def _perform(self, job: _job.Job) -> _job.Finished:
+        self._left_over = {}
+        try:
+            return _job.perform(job, client, screen_of(self.shell))
+        except ResultError as error:
+            self._left_over = error.results
+            raise
+        except RankError as error:
+            failure = error
+        # What %debug stops at, and shows.
+        raise failure.with_traceback(None)  # The rank has ended, its variables with it: print them in the cell
+
+    def _job_of_cell(self, line: str, source: str, options: Options) -> _job.Job:
         """Prepare the cell.
 
         Raises:
@@ -193,23 +226,31 @@ class DDPMagics(Magics):
         except SyntaxError as error:
             raise _CellSyntaxError.of(error, number) from None
         uses = _names.Uses(tree.body, shell.transform_cell)
-        self._check_bound("--out", options.out, uses)
-        self._check_bound("--gather", options.gather, uses)
-        hidden = shell.user_ns_hidden
-        nothing = object()
-        names = {
-            name: shell.user_ns[name]
-            for name in uses.taken
-            if name in shell.user_ns and shell.user_ns[name] is not hidden.get(name, nothing)
-        }
-        return _job.Job(
+        kept = _kept.current() if options.keep else None
+        held = kept.holders().keys() | kept.held_by_all() if kept is not None else frozenset()
+        self._check_bound("--out", [name for name in options.out if name not in held], uses)
+        self._check_bound("--gather", [name for name in options.gather if name not in held], uses)
+        own = self._own_names()
+        return self._new_job(
             cell=Cell(source, filename, number, header),
-            names=names,
-            namespace=shell.user_ns,
+            names={name: own[name] for name in uses.taken if name in own},
             options=options,
             lines=uses.taken,
             wanted=_wanted(options),
-            known=frozenset(shell.user_ns) - frozenset(hidden),
+        )
+
+    def _own_names(self) -> dict[str, Any]:
+        """Return the variables of the notebook that are its user's, not IPython's."""
+        hidden, nothing = self.shell.user_ns_hidden, object()
+        return {name: value for name, value in self.shell.user_ns.items() if value is not hidden.get(name, nothing)}
+
+    def _new_job(self, *, options: Options, **fields: Any) -> _job.Job:
+        """Return a job with what is the same for all that this notebook asks for."""
+        shell = self.shell
+        return _job.Job(
+            namespace=shell.user_ns,
+            options=options,
+            known=frozenset(shell.user_ns) - frozenset(shell.user_ns_hidden),
             source_of=source_of(shell),
             colors=str(shell.colors),
             grace=self.grace,
@@ -222,7 +263,33 @@ class DDPMagics(Magics):
                 text_limit=self.output,
                 display_limit=self.displays,
             ),
+            **fields,
         )
+
+    def _evaluate(self, line: str, scope: Mapping[str, Any]) -> Any:
+        """Evaluate an expression on fresh ranks; return its value on the first."""
+        given, text = _expression.split(line)
+        options = parse(_expanded(given, scope), self.defaults)
+        if options.out or options.gather:
+            raise OptionError("--out and --gather are for cells; %ddp EXPRESSION returns the value of rank 0")
+        if options.keep or options.bg is not None:
+            raise OptionError("--keep and --bg are for cells; %ddp EXPRESSION runs on fresh ranks")
+        own = {**self._own_names(), **{name: scope[name] for name in scope.keys() - self.shell.user_ns.keys()}}
+        known = [*own, *self.shell.user_ns, *_names.GIVEN_NAMES]
+        uses = partial(_names.Uses, transform=self.shell.transform_cell)
+        expression = _expression.read(text, known, COMMANDS, uses, _cell_number(self.shell))
+        job = self._new_job(
+            cell=expression.cell,
+            names=_expression.names_of(expression, own),
+            options=options,
+            lines=expression.taken,
+            wanted=Wanted((_expression.VALUE,), device=options.out_device, asked="%ddp"),
+            place="the line",
+        )
+        if options.dry_run:
+            sys.stdout.write(_job.dry_run(job, client) + "\n")
+            return None
+        return self._perform(job).results[_expression.VALUE]
 
     def _check_bound(self, option: str, names: Sequence[str], uses: _names.Uses) -> None:
         """Refuse names that the cell cannot bind, before hours of training rather than after.
@@ -252,7 +319,11 @@ class DDPMagics(Magics):
         self._failed: dict[int, int] = {}
         self._expanded: dict[int, str] = {}
 
-    def _line(self, line: str) -> dict[str, Any] | None:
+    def _line(self, line: str, scope: Mapping[str, Any]) -> Any:
+        first = (line.split(maxsplit=1) or [""])[0]
+        if first not in ("", "-h", "--help", *COMMANDS):
+            return self._evaluate(line, scope)
+        line = _expanded(line, scope)
         try:
             words = shlex.split(line)
         except ValueError as error:
@@ -289,8 +360,8 @@ class DDPMagics(Magics):
                 sys.stdout.write("\n".join(self._explain(names)) + "\n")
             case _:
                 raise UsageError(
-                    f"%ddp {line}: there are only %ddp log, status, stacks, results, explain, export, doctor, push, "
-                    "pull, stop and auto (%ddp -h); a cell that runs on ranks begins with %%ddp"
+                    f"%ddp {line}: nothing follows %ddp {first} (%ddp -h). If that is an expression for the ranks, and "
+                    f"{first} a variable: %ddp ({line.strip()})"
                 )
         return None
 
@@ -444,7 +515,7 @@ class DDPMagics(Magics):
         if self._last_cell is None:
             raise UsageError("%ddp explain: no %%ddp cell has run yet; give names, as in %ddp explain model")
         line, cell = self._last_cell
-        job = self._job(line, cell, parse(line))
+        job = self._job_of_cell(line, cell, parse(line, self.defaults))
         return [f"%%ddp {line}".rstrip(), *_closure.explain(job.names, job.namespace, job.lines)]
 
 
@@ -495,7 +566,17 @@ def _examine() -> None:
     sys.stdout.write(f"nbddp: {_doctor.verdict(findings)}\n")
 
 
+# What wins over an expression that begins with the same word.
+COMMANDS = (
+    *("log", "status", "stacks", "results", "explain", "export", "doctor"),
+    *("push", "pull", "stop", "auto"),
+)
+
 LINE_HELP = """\
+%ddp [options] EXPRESSION
+                 evaluate one line on fresh ranks and return what it is on rank 0, as in
+                 x = %ddp --gpus 2 [rank, torch.cuda.get_device_name()]; the words below come first, so a variable
+                 with one of these names goes in brackets: %ddp (log)
 %ddp log         where the logs of the last run are, one for each rank
 %ddp log --rank K --tail N
                  what rank K printed, all of it or its last N lines; without --rank, of every rank
@@ -560,13 +641,18 @@ def _gpus_in_use() -> dict[str, str]:
 def _wanted(options: Options) -> Wanted:
     asked = [f"--out {','.join(options.out)}"] if options.out else []
     asked += [f"--gather {','.join(options.gather)}"] if options.gather else []
-    return Wanted(options.out, options.gather, options.out_device, " ".join(asked))
+    return Wanted(tuple(options.out), tuple(options.gather), options.out_device, " ".join(asked))
 
 
-def _complete(shell: Any, event: Any) -> Sequence[str]:
-    """Offer the options on a %%ddp line."""
-    del shell  # IPython's hooks are called as methods
-    return [name for name in option_names() if name.startswith(event.symbol)] if event.symbol.startswith("-") else ()
+def _expanded(line: str, scope: Mapping[str, Any]) -> str:
+    """Return a line with ``$name`` and ``{expression}`` expanded, as IPython does it for other magics."""
+    if "$" in line or "{" in line:
+        with contextlib.suppress(Exception):  # it is none of these, and stays as it is
+            return str(DollarFormatter().vformat(line, (), dict(scope)))
+    return line
+
+
+_MAGICS = ("%%ddp", "%ddp")
 
 
 def _keep_empty_body(lines: list[str]) -> list[str]:
@@ -580,18 +666,26 @@ def load(shell: Any) -> None:
     """Register the magics with a shell and start the launcher.
 
     Raises:
-        LaunchError: On Windows: there is no fork, no torchrun with gloo to speak of, and nothing was tested.
+        LaunchError: On Windows: there is no fork, no torchrun with gloo to speak of, and nothing was tested. And in a
+            rank.
     """
     if sys.platform == "win32":
         raise LaunchError("nbddp needs Linux or macOS; on Windows, use it inside WSL")
+    refuse_in_rank("%load_ext nbddp")
     magics = DDPMagics(shell)
     client.in_use = _what_else_runs
     shell.register_magics(magics)
-
     shell.events.register("post_run_cell", magics.note_failure)
     shell.input_transformers_cleanup.insert(0, _keep_empty_body)
     shell.input_transformers_cleanup.append(magics.send_to_ranks)
-    shell.set_hook("complete_command", _complete, str_key="%%ddp")
+
+    def own_names() -> list[str]:
+        return [name for name in shell.user_ns if name not in shell.user_ns_hidden and not name.startswith("_")]
+
+    complete = _completion.completer(COMMANDS, own_names)
+    for key in _MAGICS:
+        shell.set_hook("complete_command", complete, str_key=key)
+    shell.set_hook("complete_command", complete, re_key=_completion.ASSIGNED.pattern)
     with contextlib.suppress(NbddpError):  # a full disk must not fail the import cell; the first run will say it
         client.start()
 
@@ -614,5 +708,9 @@ def unload(shell: Any) -> None:
     _background.end_all()
     _kept.drop()
     # IPython has no call that takes a hook away again.
-    shell.strdispatchers["complete_command"].strs.pop("%%ddp", None)
+    dispatcher = shell.strdispatchers["complete_command"]
+    for key in _MAGICS:
+        dispatcher.strs.pop(key, None)
+    for regex in [regex for regex in dispatcher.regexs if regex.pattern == _completion.ASSIGNED.pattern]:
+        del dispatcher.regexs[regex]
     client.close()

@@ -5,15 +5,19 @@ from __future__ import annotations
 import argparse
 import difflib
 import itertools
+import operator
 import os
 import re
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+from nbddp import _machines
+from nbddp._errors import NbddpError
 
-class OptionError(ValueError):
+
+class OptionError(NbddpError, ValueError):
     """An option is unknown, or its value cannot be; the message names both and says what can."""
 
 
@@ -22,17 +26,17 @@ class HelpAsked(Exception):  # noqa: N818  # not an error
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the user asks for.
+class RunOptions:
+    """How a run is made: what stands on a ``%%ddp`` line, and what `nbddp.launch` takes by keyword.
 
     Attributes:
-        gpus: Number of ranks, one per GPU; None: not given.
+        gpus: Number of ranks, one per GPU; where there is no GPU at all, ranks on the CPU. None: all GPUs.
         cpus: Number of ranks on the CPU.
         gpu_ids: GPUs to use, as ``torch.device("cuda:K")`` numbers them in the notebook.
         backend: Backend of the process group; None for nccl on GPUs and gloo without.
-        out: Names to bring back from rank 0.
-        gather: Names to bring back from every rank, as lists.
-        out_device: The device that all tensors of both are put on; None for the CPU.
+        out: Names to bring back from rank 0; on several machines, from each machine's first rank. For cells only.
+        gather: Names to bring back from every rank, as lists. For cells only.
+        out_device: The device that all tensors that come back are put on; None for the CPU.
         env: Environment variables for the ranks, besides the notebook's.
         timeout: Seconds after which the run is stopped.
         init: Whether the process group is initialised before the cell.
@@ -47,22 +51,28 @@ class Options:
         auto: Whether ``%ddp auto`` has sent the cell here.
         bg: What a run in the background is called, empty for a name of nbddp's; None to wait for it.
         share: Whether GPUs may be used that kept ranks or runs in the background use.
+        nnodes: Number of machines, on each of which the same is called once.
+        node_rank: Which of them this one is, from 0.
+        rdzv_endpoint: ``HOST:PORT`` at which the machines meet; HOST is an address of machine 0.
+
+    Raises:
+        OptionError: A value cannot be, or two contradict each other. It is a ``ValueError``.
     """
 
     gpus: int | None = None
     cpus: int | None = None
-    gpu_ids: tuple[int, ...] = ()
+    gpu_ids: Sequence[int] = ()
     backend: str | None = None
-    out: tuple[str, ...] = ()
-    gather: tuple[str, ...] = ()
+    out: Sequence[str] = ()
+    gather: Sequence[str] = ()
     out_device: str | None = None
-    env: dict[str, str] = field(default_factory=dict)
+    env: Mapping[str, str] = field(default_factory=dict)
     timeout: float | None = None
     init: bool = True
     max_restarts: int = 0
     keep_script: str | None = None
     dry_run: bool = False
-    ranks: tuple[int, ...] | None = None
+    ranks: Sequence[int] | None = None
     plain: bool = False
     keep: bool = False
     on: tuple[int, ...] | None = None
@@ -70,13 +80,13 @@ class Options:
     auto: bool = False
     bg: str | None = None
     share: bool = False
+    nnodes: int = 1
+    node_rank: int | None = None
+    rdzv_endpoint: str | None = None
 
     def __post_init__(self) -> None:
-        """Check what can be checked without looking at the machine.
-
-        Raises:
-            OptionError: A value cannot be, or two contradict each other.
-        """
+        """Check what can be checked without looking at the machine."""
+        self._check_types()
         for name, value in (("--gpus", self.gpus), ("--cpus", self.cpus)):
             if value is not None and value < 1:
                 raise OptionError(f"{name} {value}: a run has at least one rank")
@@ -109,24 +119,74 @@ class Options:
                     )
         if both := set(self.out) & set(self.gather):
             raise OptionError(f"--out and --gather both bring back {', '.join(sorted(both))}; which is it to be?")
-        if self.out_device is not None:
-            if not re.fullmatch(r"(cpu|cuda|mps|xpu|meta)(:\d+)?", self.out_device):
-                raise OptionError(f"--out-device {self.out_device}: that is no device, such as cpu or cuda:0")
-            if not (self.out or self.gather):
-                raise OptionError("--out-device says where results are put; --out or --gather say which")
+        if self.out_device is not None and not re.fullmatch(r"(cpu|cuda|mps|xpu|meta)(:\d+)?", self.out_device):
+            raise OptionError(f"--out-device {self.out_device}: that is no device, such as cpu or cuda:0")
         if self.keep_script is not None:
             folder = os.path.dirname(os.path.abspath(self.keep_script))
             if os.path.isdir(self.keep_script):
                 raise OptionError(f"--keep-script {self.keep_script}: that is a folder; give the name of a file")
             if not os.path.isdir(folder):
                 raise OptionError(f"--keep-script {self.keep_script}: there is no folder {folder}; make it first")
+        self._check_machines()
+
+    def _check_types(self) -> None:
+        """See that values are of the types that they are said to be, and that nobody changes them later."""
+
+        def keep(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        for name in ("gpus", "cpus", "max_restarts", "nnodes", "node_rank"):
+            if (value := getattr(self, name)) is not None or name in ("max_restarts", "nnodes"):
+                keep(name, _as_whole(name, value))
+        for name in ("gpu_ids", "ranks", "on"):
+            if (value := getattr(self, name)) is not None or name == "gpu_ids":
+                if isinstance(value, str) or not isinstance(value, Iterable):
+                    raise OptionError(f"{option_of(name)} {value!r}: a list of whole numbers, as in {name}=[0, 1]")
+                keep(name, tuple(_as_whole(name, one) for one in value))
+        for name in ("out", "gather"):
+            value = getattr(self, name)
+            keep(name, tuple(_names(value) if isinstance(value, str) else value))
+        for name in ("backend", "out_device", "keep_script", "rdzv_endpoint"):
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                keep(name, value := os.fspath(value))
+            if not isinstance(value, str | None):
+                raise OptionError(f"{option_of(name)} {value!r}: that is no text")
+        if isinstance(self.timeout, bool) or not isinstance(self.timeout, int | float | None):
+            raise OptionError(f"--timeout {self.timeout!r}: a number of seconds above 0")
+        if isinstance(self.idle, bool) or not isinstance(self.idle, int | float | None):
+            raise OptionError(f"--idle {self.idle!r}: a number of seconds")
+        keep("env", dict(self.env or {}))
+
+    def _check_machines(self) -> None:
+        if self.nnodes < 1:
+            raise OptionError(f"--nnodes {self.nnodes}: a run has at least one machine")
+        if self.node_rank is not None and not 0 <= self.node_rank < self.nnodes:
+            known = "there is one, 0" if self.nnodes == 1 else f"they are numbered from 0 to {self.nnodes - 1}"
+            raise OptionError(f"--node-rank {self.node_rank}: of --nnodes {self.nnodes} machines {known}")
+        if self.rdzv_endpoint is not None:
+            try:
+                _machines.parse_endpoint(self.rdzv_endpoint)
+            except ValueError as error:
+                raise OptionError(f"--rdzv-endpoint {self.rdzv_endpoint}: {error}") from None
+        if self.nnodes == 1:
+            return
+        if self.node_rank is None or self.rdzv_endpoint is None:
+            raise OptionError(
+                f"--nnodes {self.nnodes}: each machine says which it is and where all meet, as in --nnodes "
+                f"{self.nnodes} --node-rank 0 --rdzv-endpoint HOST:29500, HOST being machine 0"
+            )
+        if self.max_restarts:
+            raise OptionError(
+                f"--max-restarts {self.max_restarts}: on several machines nobody can start all ranks again; launch "
+                "anew on each"
+            )
 
     def _check_keeping(self) -> None:
         """Check what concerns ranks that stay, and runs in the background."""
         if self.on is not None and (not self.on or min(self.on) < 0):
-            raise OptionError(
-                f"--on {','.join(map(str, self.on)) or repr('')}: ranks are numbered from 0, as in --on 0,2"
-            )
+            listed = ",".join(map(str, self.on)) or "''"
+            raise OptionError(f"--on {listed}: ranks are numbered from 0, as in --on 0 or --on 0,2")
         for option, given in (("--on", self.on), ("--idle", self.idle)):
             if given is not None and not self.keep:
                 raise OptionError(f"{option} is for kept ranks: give --keep as well")
@@ -141,6 +201,29 @@ class Options:
             for option, contradicts in (("--max-restarts", self.max_restarts), ("--keep-script", self.keep_script)):
                 if contradicts:
                     raise OptionError(f"--keep and {option} do not go together: kept ranks are not one script's run")
+            if self.nnodes > 1:
+                raise OptionError("--keep and --nnodes do not go together: ranks are kept on one machine")
+
+
+# What modules of nbddp's own call it.
+Options = RunOptions
+
+# The fields of which one that is given takes the place of all that are in defaults.
+DEVICES = frozenset({"gpus", "cpus", "gpu_ids"})
+
+
+def option_of(field_name: str) -> str:
+    """Return what a field is called on a line."""
+    return "--" + field_name.replace("_", "-")
+
+
+def _as_whole(name: str, value: object) -> int:
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]  # it refuses what is none
+    except TypeError:
+        raise OptionError(f"{option_of(name)} {value!r}: a whole number, as in {name}=2") from None
 
 
 EXAMPLES = """\
@@ -152,6 +235,8 @@ examples:
   %%ddp --cpus 2                         two ranks on the CPU, over gloo
   %%ddp --gpus 2 --env NCCL_DEBUG=INFO --timeout 600
   %%ddp --gpus 2 --dry-run               show what would run and what would be sent
+  %%ddp --gpus 8 --nnodes 2 --node-rank 0 --rdzv-endpoint node0:29500
+                                         the first of two machines; on the other, the same with --node-rank 1
   %%ddp --gpus 2 --keep-script train.py  leave the script: torchrun --nproc-per-node 2 train.py
 
 In the cell, rank, local_rank, world_size and device are defined (unless the notebook has names like that), the process
@@ -160,8 +245,14 @@ changes stays in that rank; --out brings names back.
 """
 
 
-# What the same thing is called by torchrun and others.
-_ELSEWHERE = dict.fromkeys(("--nproc-per-node", "--num-gpus", "--ngpus", "--np", "-n", "-np"), "--gpus")
+# What the same thing is called by torchrun, accelerate, detectron2, torchrunx and others.
+_ELSEWHERE = {
+    **dict.fromkeys(("--nproc-per-node", "--num-gpus", "--ngpus", "--np", "-n", "-np", "--nprocs"), "--gpus"),
+    **dict.fromkeys(("--num-processes", "--num-gpus-per-machine", "--workers-per-host", "--world-size"), "--gpus"),
+    **dict.fromkeys(("--num-machines", "--num-nodes"), "--nnodes"),
+    **dict.fromkeys(("--machine-rank",), "--node-rank"),
+    **dict.fromkeys(("--master-addr", "--master-port", "--dist-url", "--init-method"), "--rdzv-endpoint"),
+}
 
 # What torchrun sets in each rank, whatever it was.
 _TORCHRUNS = frozenset(
@@ -174,15 +265,18 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         hint = ""
         if message.startswith("unrecognized arguments: -"):
-            word = message.split()[2].partition("=")[0]
-            meant = _ELSEWHERE.get(word.replace("_", "-")) or next(
-                iter(difflib.get_close_matches(word, [*self._option_string_actions], 1)), None
-            )
+            meant = meant_by(message.split()[2].partition("=")[0], [*self._option_string_actions])
             hint = f"; did you mean {meant}?" if meant else ""
         raise OptionError(f"{message}{hint or '.'} %%ddp -h lists the options")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         raise AssertionError("only help exits, and it raises HelpAsked")
+
+
+def meant_by(word: str, options: Iterable[str]) -> str | None:
+    """Return the option that a word that is none most likely stands for; None if there is no telling."""
+    known = _ELSEWHERE.get(word.replace("_", "-"))
+    return known or next(iter(difflib.get_close_matches(word, options, 1)), None)
 
 
 class _Help(argparse.Action):
@@ -228,13 +322,15 @@ def _make_parser() -> _Parser:
         prog="%%ddp",
         add_help=False,
         allow_abbrev=False,
+        # Who reads the line must know what stands on it: what does not comes from the defaults.
+        argument_default=argparse.SUPPRESS,
         description="Run the cell on several ranks under torchrun, on the notebook's own variables.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("--gpus", "-g", type=_number, metavar="N", help="N ranks, one per GPU; on a machine without any, N CPU ranks")
-    add("--gpu-ids", type=_numbers, default=(), metavar="K,K,...", help="one rank on each of these GPUs")
+    add("--gpu-ids", type=_numbers, metavar="K,K,...", help="one rank on each of these GPUs")
     add("--cpus", type=_number, metavar="N", help="N ranks on the CPU")
     add("--backend", metavar="NAME", help="process group backend (default: nccl on GPUs, gloo on the CPU)")
     add(
@@ -242,7 +338,6 @@ def _make_parser() -> _Parser:
         "-o",
         type=_names,
         action="extend",
-        default=[],
         metavar="NAME,...",
         help="bring names back from rank 0, all or none",
     )
@@ -250,7 +345,6 @@ def _make_parser() -> _Parser:
         "--gather",
         type=_names,
         action="extend",
-        default=[],
         metavar="NAME,...",
         help="bring names back from every rank, each as a list by rank",
     )
@@ -259,7 +353,6 @@ def _make_parser() -> _Parser:
         "--env",
         type=_assignment,
         action="append",
-        default=[],
         metavar="KEY=VALUE",
         help="set an environment variable in the ranks",
     )
@@ -267,7 +360,7 @@ def _make_parser() -> _Parser:
     add("--ranks", type=_ranks, metavar="K,K,...|all", help="whose output to show (default: all); logs keep everyone's")
     add("--plain", action="store_true", help="show rank after rank, without colours and panel: the same at every run")
     add("--no-init", dest="init", action="store_false", help="leave init_process_group to the cell")
-    add("--max-restarts", type=_number, default=0, metavar="N", help="let torchrun restart all ranks up to N times")
+    add("--max-restarts", type=_number, metavar="N", help="let torchrun restart all ranks up to N times")
     add("--keep", action="store_true", help="let the ranks stay, and go on in those that a cell before has kept")
     add("--on", type=_numbers, metavar="K,K,...", help="with --keep: run on these of the kept ranks")
     add("--idle", type=_seconds, metavar="SECONDS", help="with --keep: end ranks that get no cell for so long")
@@ -275,27 +368,48 @@ def _make_parser() -> _Parser:
     add("--share", action="store_true", help="use GPUs also where kept ranks or background runs use them")
     add("--auto", action="store_true", help=argparse.SUPPRESS)
     add("--keep-script", metavar="PATH", help="leave the generated script at PATH; plain torchrun runs it")
+    add("--nnodes", type=_number, metavar="N", help="N machines, on each of which the same cell is run by hand")
+    add("--node-rank", type=_number, metavar="K", help="which of them this one is, from 0")
+    add("--rdzv-endpoint", metavar="HOST:PORT", help="where the machines meet; HOST is machine 0")
     add("--dry-run", action="store_true", help="print the torchrun command and what would be sent; launch nothing")
-    add("-h", "--help", nargs=0, action=_Help, default=argparse.SUPPRESS, help="show this")
+    add("-h", "--help", nargs=0, action=_Help, help="show this")
     return parser
 
 
-def parse(line: str) -> Options:
+def parse(line: str, defaults: str = "") -> RunOptions:
     """Read the options from the text behind ``%%ddp``.
+
+    Args:
+        line: The text.
+        defaults: Options that hold where the line says nothing else, written as on the line.
 
     Raises:
         OptionError: The line has a fault; the message names it.
         HelpAsked: The line asks for help.
     """
+    given = _given(line)
+    before = _given(defaults)
+    if DEVICES & given.keys():
+        before = {name: value for name, value in before.items() if name not in DEVICES}
+    env = {**before.get("env", {}), **given.get("env", {})}
+    options = RunOptions(**{**before, **given, "env": env})
+    if options.out_device is not None and not (options.out or options.gather) and "out_device" in given:
+        raise OptionError("--out-device says where results are put; --out or --gather say which")
+    return options
+
+
+def _given(line: str) -> dict[str, Any]:
+    """Return the options that stand on a line, by field."""
     try:
         words = shlex.split(line)
     except ValueError as error:
         raise OptionError(f"{error} in: {line}") from None
     given = vars(_make_parser().parse_args(_tidied(words)))
-    for option in ("out", "gather"):
+    for option in {"out", "gather"} & given.keys():
         given[option] = tuple(dict.fromkeys(given[option]))
-    given["env"] = dict(given["env"])
-    return Options(**given)
+    if "env" in given:
+        given["env"] = dict(given["env"])
+    return given
 
 
 def _tidied(words: Iterable[str]) -> list[str]:
@@ -312,6 +426,11 @@ def _tidied(words: Iterable[str]) -> list[str]:
 def help_text() -> str:
     """Return what ``%%ddp -h`` prints."""
     return _make_parser().format_help()
+
+
+def takes_value() -> Mapping[str, bool]:
+    """Return whether a value follows an option, for each way in which an option can be written."""
+    return {name: action.nargs != 0 for action in _make_parser()._actions for name in action.option_strings}
 
 
 def option_names() -> Sequence[str]:

@@ -37,7 +37,8 @@ class RankOutput:
     """Takes the bytes of one rank.
 
     Attributes:
-        rank: Its number.
+        rank: Its number on this machine.
+        log: The path of its log.
         hidden_lines: How many lines were not shown.
         hidden_chars: Their length.
         lines: How many lines there were.
@@ -47,6 +48,7 @@ class RankOutput:
 
     def __init__(self, rank: int, log: str, secret: str, tail_limit: int) -> None:
         self.rank = rank
+        self.log = log
         self.hidden_lines = self.hidden_chars = self.lines = 0
         self.recent = self.last_line = ""
         self._mark = mark(secret, "")[:-1]

@@ -10,6 +10,7 @@ import html
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from nbddp import _palette
 from nbddp._memory import Meter
@@ -60,18 +61,26 @@ class Row:
     line: str = ""
 
 
+class Fold(NamedTuple):
+    """What is left of a rank when it is over: its number, how it ended, and the end of its output."""
+
+    rank: int
+    title: str
+    tail: str
+
+
 @dataclass(frozen=True)
 class Summary:
     """A finished run.
 
     Attributes:
         text: How it ended.
-        folds: For each rank how it ended, and the end of its output.
+        folds: A fold for each rank.
         open: The rank whose fold is open.
     """
 
     text: str
-    folds: Sequence[tuple[str, str]]
+    folds: Sequence[Fold]
     open: int | None = None
 
 
@@ -190,12 +199,13 @@ class Panel:
         folds = []
         for output in self._outputs[:_ROWS]:
             state = self._ranks.states.get(output.rank)
+            number = output.rank + self._ranks.first
             how = "never started" if state is None else _short(self._how(state))
             lines = "1 line" if output.lines == 1 else f"{output.lines:,} lines"
             tail = output.recent[-each:]
             if len(tail) < len(output.recent) or output.lines > tail.count("\n"):
                 tail = tail[tail.find("\n") + 1 :]
-            folds.append((f"rank {output.rank}: {how}, {lines}", tail))
+            folds.append(Fold(number, f"rank {number}: {how}, {lines}", tail))
         return Summary(text, folds, first if cause == "failed" else None)
 
     def _how(self, state: RankState) -> str:
@@ -218,7 +228,7 @@ class Panel:
         where = state.where if state is not None and name == "running" else {}
         if where.get("waits"):
             name = f"waiting in {where['waits']}"
-        return Row(rank, name, where.get("line"), bars, self._memory.get(rank, ""), line)
+        return Row(rank + self._ranks.first, name, where.get("line"), bars, self._memory.get(rank, ""), line)
 
 
 def _state_of(state: RankState | None) -> str:
@@ -311,16 +321,16 @@ def _bar_as_html(bar: Progress) -> str:
 def summary_as_html(summary: Summary) -> str:
     """Return the line and the folds of a finished run as HTML."""
     folds = "".join(
-        f"<details{' open' if rank == summary.open else ''} style='margin:0 0 0 1em'>"
-        f"<summary>{html.escape(title)}</summary>"
-        f"<pre style='margin:0 0 0 1em;background:none'>{html.escape(_palette.uncoloured(tail))}</pre>"
+        f"<details{' open' if fold.rank == summary.open else ''} style='margin:0 0 0 1em'>"
+        f"<summary>{html.escape(fold.title)}</summary>"
+        f"<pre style='margin:0 0 0 1em;background:none'>{html.escape(_palette.uncoloured(fold.tail))}</pre>"
         + (
-            f"<div style='{_FADED};margin:0 0 0 1em'>all of it: <code>%ddp log --rank {rank}</code></div>"
-            if tail
+            f"<div style='{_FADED};margin:0 0 0 1em'>all of it: <code>%ddp log --rank {fold.rank}</code></div>"
+            if fold.tail
             else ""
         )
         + "</details>"
-        for rank, (title, tail) in enumerate(summary.folds)
+        for fold in summary.folds
     )
     return (
         f"<details{' open' if summary.open is not None else ''} style='font-family:monospace;font-size:90%'>"

@@ -141,7 +141,7 @@ def _enter(*, init: bool, backend: str | None, gpus: bool, **_: Any) -> str:
         _state.run_dir = RunDir.adopt(run_dir)
     if forked:
         assert _state.run_dir is not None
-        _repair.repair(_state.run_dir.workers_temp(int(os.environ["RANK"])))
+        _repair.repair(_state.run_dir.workers_temp(int(os.environ["LOCAL_RANK"])))
     if _state.run_dir is not None:
         if not forked:
             _process.die_with_parent(os.getppid())
@@ -256,7 +256,7 @@ def _run_cell(
     error = shell.run(namespace, cell, filename=filename, number=number, header=header, cells=cells, colors=colors)
     _complete("cell")
     outcome = outcome_of(error, shell.traceback)
-    rank = int(os.environ["RANK"])
+    rank = int(os.environ["LOCAL_RANK"])
     if outcome["outcome"] == "raised" and error is not None and _state.run_dir is not None:
         pickler = functools.partial(Pickler, namespace, _state.target.received)
         _state.write_exception = functools.partial(

@@ -22,7 +22,7 @@ class RankState:
     """What is known of one rank.
 
     Attributes:
-        rank: Its number.
+        rank: Its number, through all machines of the run: what users see.
         pid: Its process.
         in_cell: Whether it has begun to run the cell.
         failing: That it has raised: what, and when. Comes before the report, which has the traceback.
@@ -41,6 +41,8 @@ class RankState:
         spared: Whether it has no part in the present cell.
         held: The types of the names that it holds, as it last said.
         backend: The backend of its default process group; empty if it has none.
+        local: Its number on this machine, by which all that is kept of it is found.
+        world: How many ranks the run has, on all machines.
         regrouped: What has kept it out of the new process group, empty if nothing has; None if it has not said.
     """
 
@@ -67,6 +69,8 @@ class RankState:
     held: dict[str, str] = field(default_factory=dict)
     backend: str = ""
     regrouped: str | None = None
+    local: int = 0
+    world: int = 1
 
     def renew(self, *, spared: bool) -> None:
         """Forget the last cell; a rank that is spared the next has ended it already."""

@@ -44,6 +44,9 @@ class Listener(Protocol):
     def restart(self, rank: int) -> None:
         """Take note that a rank is a new process."""
 
+    def number_from(self, first: int, world: int) -> None:
+        """Take note of what the ranks are called where there are several machines."""
+
 
 class Ranks:
     """The ranks of a run's present attempt.
@@ -53,7 +56,7 @@ class Ranks:
         loop: The event loop.
 
     Attributes:
-        states: The ranks by number.
+        states: The ranks by their number on this machine.
         attempt: How often torchrun has started them again.
         values: The values of the cell on the ranks that have one: a mime bundle and its metadata.
         times: When each stage was complete, on the rank that took longest for it (``time.monotonic``).
@@ -112,11 +115,16 @@ class Ranks:
     def failed(self) -> list[RankState]:
         """The ranks that failed: the first to fail first, those last that only noticed that another was gone."""
         failed = [
-            (state.is_consequence, at, state.rank)
+            (state.is_consequence, at, state.local)
             for state in self.states.values()
             if (at := state.failed_at) is not None
         ]
         return [self.states[rank] for _, _, rank in sorted(failed)]
+
+    @property
+    def first(self) -> int:
+        """The number of this machine's first rank; until one has connected, 0."""
+        return next((state.rank - state.local for state in self.states.values()), 0)
 
     @property
     def telling(self) -> list[RankState]:
@@ -199,13 +207,13 @@ class Ranks:
                     self.states[rank].exitcode = exitcode
 
     def _add_rank(self, inbox: _wire.Inbox, message: _wire.Message) -> RankState:
-        rank, attempt = message["rank"], message["attempt"]
+        rank, local, attempt = message["rank"], message["local"], message["attempt"]
         if attempt > self.attempt:
             self.attempt = attempt
             for old in self.states.values():
                 self._drain(old)
                 self._forget(old)
-                self._relay.restart(old.rank)
+                self._relay.restart(old.local)
             self.states = {}
             self.values = {}
         if not inbox.fds:
@@ -214,8 +222,9 @@ class Ranks:
         output = inbox.fds.pop(0)
         pidfd = inbox.fds.pop(0) if inbox.fds else None
         os.set_blocking(output, False)
-        state = RankState(rank, message["pid"], inbox, output, pidfd)
-        self.states[rank] = state
+        state = RankState(rank, message["pid"], inbox, output, pidfd, local=local, world=message["world"])
+        self.states[local] = state
+        self._relay.number_from(rank - local, message["world"])
         self._loop.watch(inbox.sock, partial(self._hear, state))
         self._outputs.register(output, selectors.EVENT_READ, state)
         if pidfd is not None:
@@ -243,10 +252,10 @@ class Ranks:
                     state.idle = True
                     self.ready(state)
                 case "display" if message["value"]:
-                    self.values[state.rank] = message["data"], message["metadata"]
-                    self._relay.display(state.rank, message)
+                    self.values[state.local] = message["data"], message["metadata"]
+                    self._relay.display(state.local, message)
                 case "display":
-                    self._relay.display(state.rank, message)
+                    self._relay.display(state.local, message)
                 case "at":
                     state.where, state.asked = message, False
                 case "failing":
@@ -303,7 +312,7 @@ class Ranks:
         if not data:
             self._ignore_output(state)
             return 0
-        self._relay.feed(state.rank, data)
+        self._relay.feed(state.local, data)
         return len(data)
 
     def _drain(self, state: RankState) -> None:

@@ -12,6 +12,7 @@ cell shows a bounded amount: its beginning, a line that says what is left out, a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections import deque
@@ -75,6 +76,10 @@ class _Budget:
     displays: int
 
 
+def _log(folder: str, rank: int) -> str:
+    return os.path.join(folder, f"rank{rank}.log")
+
+
 class Relay:
     """The output of all ranks on one screen.
 
@@ -93,9 +98,12 @@ class Relay:
     def __init__(
         self, ranks: int, logs: str, secret: str, screen: Screen, view: View | None = None, said: str = ""
     ) -> None:
-        view = view or View()
+        self._view = view = view or View()
+        self._count = ranks
+        self._offset = 0
         self._several = ranks > 1
         self._width = len(str(ranks - 1))
+        # By their numbers on this machine, as everything here; what users see is another number, see `number_from`.
         self._shown = frozenset(range(ranks) if view.ranks is None else view.ranks)
         self._plain = view.plain or not screen.in_place
         self._coloured = not self._plain and not os.environ.get("NO_COLOR")
@@ -114,8 +122,7 @@ class Relay:
         self.outputs: list[RankOutput] = []
         try:
             for rank in range(ranks):
-                log = os.path.join(logs, f"rank{rank}.log")
-                self.outputs.append(RankOutput(rank, log, secret, tail // count))
+                self.outputs.append(RankOutput(rank, _log(logs, rank), secret, tail // count))
         except OSError:
             self.close()
             raise
@@ -136,6 +143,23 @@ class Relay:
     def due(self) -> float:
         """When `tick` is to be called (``time.monotonic``); infinity if there is no need."""
         return min(self._pacer.due, min(self._settle_at.values(), default=_NEVER))
+
+    def number_from(self, first: int, world: int) -> None:
+        """Take note of what the ranks are called where there are several machines; before any of them has said a word.
+
+        Args:
+            first: The number of this machine's first rank.
+            world: How many ranks there are on all machines.
+        """
+        if world == self._count:
+            return
+        self._offset = first
+        self._several, self._width = True, len(str(world - 1))
+        self._label_size = len(f"[rank {world - 1}] ")
+        if self._view.ranks is not None:
+            self._shown = frozenset(rank - first for rank in self._view.ranks) & frozenset(range(self._count))
+            # If none is shown here, none is the first.
+            self._first = min(self._shown, default=-1)
 
     # What comes in.
 
@@ -180,9 +204,13 @@ class Relay:
         self._pacer.pump()
 
     def close(self) -> None:
-        """Close the logs; safe to call twice."""
-        for output in self.outputs:
+        """Close the logs, and name them by the numbers that are shown; safe to call twice."""
+        for output in reversed(self.outputs):
             output.close()
+            if self._offset:
+                with contextlib.suppress(OSError):  # as they were made, then
+                    os.rename(output.log, _log(os.path.dirname(output.log), output.rank + self._offset))
+        self._offset = 0
 
     def finish(self, values: Mapping[int, Value] | None = None) -> Value | None:
         """Show what is left, and say what was left out.
@@ -318,7 +346,8 @@ class Relay:
         tail = output.take_tail(self._label_size if self._several else 0)
         if output.hidden_lines:
             size = format_size(output.hidden_chars)
-            note = f"… {output.hidden_lines:,} lines ({size}) of rank {rank} not shown; %ddp log --rank {rank}\n"
+            number = rank + self._offset
+            note = f"… {output.hidden_lines:,} lines ({size}) of rank {number} not shown; %ddp log --rank {number}\n"
             self._pacer.add(Shown(rank, note))
         for text in tail:
             self._pacer.add(Shown(rank, self._labelled(rank, text)))
@@ -334,9 +363,10 @@ class Relay:
 
     def _label(self, rank: int, *, stderr: bool) -> str:
         left, right = "()" if stderr else "[]"
-        label = f"{left}rank {rank:>{self._width}}{right}"
+        number = rank + self._offset
+        label = f"{left}rank {number:>{self._width}}{right}"
         coloured = self._coloured and self._pacer.chars < _COLOURED
-        return _palette.coloured(label, rank) if coloured else label
+        return _palette.coloured(label, number) if coloured else label
 
     def _labelled(self, rank: int, text: Text) -> str:
         if not self._several:

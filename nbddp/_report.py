@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from nbddp import _advice, _doctor, _limits, _palette, _raised, _where
+from nbddp import _advice, _doctor, _limits, _machines, _palette, _raised, _where
+from nbddp._agent import Launch
 from nbddp._errors import LaunchError, RankError, RunLostError, RunTimeout
 from nbddp._paths import RunDir
 from nbddp._rank_state import RankState, how_it_died, in_short, in_short_of_other, rank_list
@@ -26,8 +27,7 @@ class Circumstances:
     Attributes:
         run_dir: Its files, still there.
         sources: The code that ran.
-        ranks: How many ranks it had.
-        env: Their environment.
+        launch: What the launcher was asked for.
         timeout: The --timeout that it had.
         oom_kills: How many processes the system killed for want of memory during the run.
         said: The end of what each rank has printed.
@@ -39,8 +39,7 @@ class Circumstances:
 
     run_dir: RunDir
     sources: Sources
-    ranks: int
-    env: Mapping[str, str]
+    launch: Launch
     timeout: float | None
     gate: InterruptGate
     oom_kills: int
@@ -53,7 +52,9 @@ class Circumstances:
 def error_of(ending: Ending, run: Circumstances) -> BaseException:
     """Return the exception for a run that did not end well."""
     if ending.cause in ("interrupted", "timeout"):
-        lines = _where.lines_of(ending.ranks, run.run_dir, run.sources) or ["no rank had started yet"]
+        lines = _where.lines_of(ending.ranks, run.run_dir, run.sources)
+        where = f": {_machines.waiting(run.launch)}" if run.launch.nnodes > 1 else ""
+        lines = lines or [f"no rank had started yet{where}"]
         if not all(state.in_cell or state.outcome for state in ending.ranks.values()) or not ending.ranks:
             lines += _hindrances(run)
         if ending.cause == "interrupted":
@@ -71,17 +72,36 @@ def error_of(ending: Ending, run: Circumstances) -> BaseException:
         words, what = _last_words(run.run_dir), "torchrun could not start the ranks"
         if (explained := _limits.explanation(what, "\n".join(words))) is not None:
             return LaunchError(explained)
+        if first is None and run.launch.nnodes > 1:
+            return LaunchError(f"{what}: {_machines.explanation(run.launch, words)}")
         if first is None:
             return LaunchError(what, notes=(*words, *_hindrances(run)))
     said_nothing = first.outcome is None and first.failing is None
     if ending.agent_status is not None and ending.agent_status < 0 and said_nothing:
         return RunLostError(f"torchrun's agent {how_it_died(ending.agent_status)}, and the ranks with it")
-    return _rank_error(ending, first, run)
+    return _rank_error(ending, _best_told(ending, first), run)
+
+
+def _best_told(ending: Ending, first: RankState) -> RankState:
+    """Return the rank whose failure is told: the first, or one that has failed alike and could say how.
+
+    torchrun ends all ranks as soon as one is gone. Where ranks are new interpreters a traceback takes a second, and who
+    begins with it first need not be done first.
+    """
+    if first.outcome is not None or first.failing is None:
+        return first
+    alike = (
+        state
+        for state in ending.ranks.values()
+        if (state.outcome or {}).get("outcome") == "raised"
+        and (in_short(state) == in_short(first) or (state.is_consequence and first.is_consequence))
+    )
+    return next(alike, first)
 
 
 def _hindrances(run: Circumstances) -> list[str]:
     """Return what there is on this machine that keeps ranks from starting; a line each, as ``%ddp doctor`` has it."""
-    return [finding.line() for finding in _doctor.quick(run.env, run.ranks)]
+    return [finding.line() for finding in _doctor.quick(run.launch.env, run.launch.ranks)]
 
 
 def interrupted(lines: Sequence[str], summary: str = "the run was interrupted") -> KeyboardInterrupt:
@@ -113,7 +133,7 @@ class _Story:
 
 def _rank_error(ending: Ending, first: RankState, run: Circumstances) -> RankError:
     story = _story(ending, first, run)
-    others = {rank: in_short_of_other(state, first) for rank, state in ending.ranks.items() if state is not first}
+    others = {state.rank: in_short_of_other(state, first) for state in ending.ranks.values() if state is not first}
     folded = "; ".join(_where.grouped(others))
     error = RankError(
         story.message,
@@ -122,8 +142,8 @@ def _rank_error(ending: Ending, first: RankState, run: Circumstances) -> RankErr
         exitcode=story.exitcode,
         others=others,
         tracebacks={
-            rank: _palette.uncoloured("\n".join(state.outcome["lines"]))
-            for rank, state in sorted(ending.ranks.items())
+            state.rank: _palette.uncoloured("\n".join(state.outcome["lines"]))
+            for _, state in sorted(ending.ranks.items())
             if state.outcome is not None and "lines" in state.outcome
         },
         details=story.details,
@@ -137,7 +157,7 @@ def _rank_error(ending: Ending, first: RankState, run: Circumstances) -> RankErr
 
 
 def _story(ending: Ending, first: RankState, run: Circumstances) -> _Story:
-    name = f"rank {first.rank} of {run.ranks}" if run.ranks > 1 else f"rank {first.rank}"
+    name = f"rank {first.rank} of {first.world}" if first.world > 1 else f"rank {first.rank}"
     outcome = first.outcome or {}
     match outcome.get("outcome"):
         case "raised":
@@ -154,8 +174,8 @@ def _story(ending: Ending, first: RankState, run: Circumstances) -> _Story:
         )
     story = _Story(f"{name} {how_it_died(first.exitcode)}", exitcode=first.exitcode)
     story.notes += _where.last_words(first, run.run_dir, run.sources)
-    said = run.said.get(first.rank, "")
-    if explained := _limits.explanation_of_death(run.ranks, said) or _advice.on_exception("", said):
+    said = run.said.get(first.local, "")
+    if explained := _limits.explanation_of_death(run.launch.ranks, said) or _advice.on_exception("", said):
         story.notes.append(explained)
     if first.exitcode == -9 and run.oom_kills:
         story.notes.append(
@@ -178,8 +198,10 @@ def _story_of_exception(name: str, ending: Ending, first: RankState, run: Circum
             "can see; mention it in the cell"
         )
     explained = _limits.explanation_of_error(outcome["message"], "\n".join(outcome["lines"]))
-    finished = [r for r, s in sorted(ending.ranks.items()) if (s.outcome or {}).get("outcome") == "done"]
-    if finished and first.is_consequence:
+    finished = [s.rank for _, s in sorted(ending.ranks.items()) if (s.outcome or {}).get("outcome") == "done"]
+    if first.is_consequence and first.world > run.launch.ranks:
+        story.notes.append(_advice.on_end_elsewhere(finished=bool(finished)))
+    elif finished and first.is_consequence:
         story.notes.append(_advice.on_early_end(rank_list(finished)))
     elif explained is not None:
         story.notes.append(explained)

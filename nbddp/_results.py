@@ -21,7 +21,7 @@ class Wanted:
     """What is asked for.
 
     Attributes:
-        out: Names from one rank.
+        out: Names from one rank; of several machines, from the first of each.
         gather: Names from every rank, as lists by rank.
         device: The device that all tensors are put on; None for the CPU.
         asked: How the user of the magic has asked for it, for messages.
@@ -35,7 +35,7 @@ class Wanted:
     first: int = 0
 
     def of_rank(self, rank: int) -> tuple[str, ...]:
-        """Return the names that a rank is to send."""
+        """Return the names that a rank, by its number on its machine, is to send."""
         return tuple(dict.fromkeys((*self.out, *self.gather))) if rank == self.first else self.gather
 
 
@@ -73,13 +73,16 @@ def write(
     return report | {"results": path}
 
 
-def read(wanted: Wanted, reports: Mapping[int, Mapping[str, Any]], sent: Sequence[Any]) -> dict[str, Any]:
+def read(
+    wanted: Wanted, reports: Mapping[int, Mapping[str, Any]], sent: Sequence[Any], first: int = 0
+) -> dict[str, Any]:
     """Load what the ranks have written.
 
     Args:
         wanted: What was asked for.
-        reports: What `write` returned, by rank.
+        reports: What `write` returned, by the ranks' numbers on this machine.
         sent: The objects that went to the ranks (`Snapshot.met`), which come back as references.
+        first: The number of this machine's first rank.
 
     Returns:
         The names: of `Wanted.out` with their values, of `Wanted.gather` with a list by rank.
@@ -111,9 +114,9 @@ def read(wanted: Wanted, reports: Mapping[int, Mapping[str, Any]], sent: Sequenc
         if len(by_rank) == len(ranks):
             results[name] = list(by_rank.values())
         elif by_rank:
-            results[name] = by_rank
+            results[name] = {first + rank: value for rank, value in by_rank.items()}
     if problems:
-        told = [f"{problem}{_where(of, ranks)}" for problem, of in problems.items()]
+        told = [f"{problem}{_where(of, ranks, first)}" for problem, of in problems.items()]
         raise ResultError(_message(wanted, told, list(results)), results=results)
     return results
 
@@ -144,10 +147,10 @@ def _target(device: str | None, sent: Sequence[Any]) -> Target:
     return target
 
 
-def _where(of: Sequence[int], ranks: Sequence[int]) -> str:
+def _where(of: Sequence[int], ranks: Sequence[int], first: int) -> str:
     if list(of) == list(ranks):
         return "" if len(of) == 1 else " on every rank"
-    return f" on {'rank' if len(of) == 1 else 'ranks'} {', '.join(map(str, of))}"
+    return f" on {'rank' if len(of) == 1 else 'ranks'} {', '.join(str(first + rank) for rank in of)}"
 
 
 def _message(wanted: Wanted, problems: Sequence[str], there: Sequence[str]) -> str:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from nbddp import _machines
+from nbddp._agent import Launch
 from nbddp._memory import Meter
 from nbddp._panel import Panel
 from nbddp._rank_state import RankState, in_short, rank_list
@@ -136,7 +138,9 @@ class Run:
             self._ranks.times["all reported"] = time.monotonic()
             stayed = self._stay and not self._killed and self._ranks.all_idle and self.world.complete
             if not stayed:
-                self.world.let_go(done=self._cause == "done", wait=self._wait_until_gone)
+                self.world.let_go(
+                    done=self._cause == "done", wait=self._wait_until_gone, say=self._relay.say, until=self._deadline
+                )
             ending = self._ending(stayed)
             ending.value = self._relay.finish(self._ranks.values if ending.cause == "done" else {})
             self.panel.finish(ending.cause)
@@ -154,6 +158,11 @@ class Run:
     def ranks(self) -> int:
         """How many ranks the run has."""
         return self._launch.ranks
+
+    @property
+    def launch(self) -> Launch:
+        """What the launcher was asked for."""
+        return self._launch
 
     @property
     def env(self) -> Mapping[str, str]:
@@ -205,7 +214,8 @@ class Run:
             self._slow_start_at = float("inf")
             self._say_who_has_not_begun()
         if self._ladder is None and time.monotonic() >= self._deadline:
-            self._stop("timeout", Ladder.of_interrupt(self._grace))
+            # Without a rank there is nobody to wait for.
+            self._stop("timeout", Ladder.of_interrupt(self._grace) if self._ranks.states else Ladder.of_impatience())
         if self._ladder is None and (failed := self._ranks.failed):
             attempt = self._ranks.attempt
             if attempt < self._launch.max_restarts and self._announced < attempt:
@@ -234,11 +244,13 @@ class Run:
 
     def _say_who_has_not_begun(self) -> None:
         missing = [
-            rank
-            for rank in range(self._launch.ranks)
-            if (state := self._ranks.states.get(rank)) is None or not (state.in_cell or state.ended)
+            self._ranks.first + local
+            for local in range(self._launch.ranks)
+            if (state := self._ranks.states.get(local)) is None or not (state.in_cell or state.ended)
         ]
-        if missing and self._ladder is None:
+        if missing and self._ladder is None and self._launch.nnodes > 1 and not self._ranks.states:
+            self._relay.say(f"nbddp: {_machines.waiting(self._launch)}")
+        elif missing and self._ladder is None:
             have = "has" if len(missing) == 1 else "have"
             self._relay.say(
                 f"nbddp: {rank_list(missing)} {have} not begun the cell after {_SLOW_START_SECONDS:g} s. An interrupt "

@@ -47,6 +47,12 @@ def read_at_load(env: Mapping[str, str]) -> dict[str, str]:
     return {k: v for k, v in env.items() if k.startswith(_READ_AT_LOAD) and not k.startswith(_READ_LATER)}
 
 
+def rank_of(env: Mapping[str, str]) -> str | None:
+    """Return the number of the rank that a process with this environment is, or descends from; None if it is none."""
+    in_run = SESSION in env or "TORCHELASTIC_RUN_ID" in env
+    return env.get("RANK", "?") if in_run else None
+
+
 def plain(env: Mapping[str, str]) -> bool:
     """Tell whether the user asks for plain output."""
     return env.get(PLAIN, "") not in ("", "0")

@@ -24,6 +24,7 @@ import tokenize
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from types import MappingProxyType, TracebackType
 from typing import Any
 
@@ -161,8 +162,11 @@ class RankShell(InteractiveShell):
     def showtraceback(self, exc_tuple: Any = None, *_: Any, tb_offset: int | None = None, **__: Any) -> None:
         """Keep the traceback for the report to the notebook."""
         kind, value, tb = self._get_exc_info(exc_tuple)
-        while tb is not None and tb.tb_next is not None and tb.tb_frame.f_code.co_filename == CALLER:
-            tb, tb_offset = tb.tb_next, 0
+        links = _links(tb)
+        for before, link in pairwise(links):
+            # The line in which `nbddp.launch` calls the function is nobody's; without it, the function's own are left.
+            if link.tb_frame.f_code.co_filename == CALLER and link.tb_next is not None:
+                before.tb_next = link.tb_next
         if not isinstance(value, SystemExit | KeyboardInterrupt):
             self.failing(value)
             left_out = _fold(value)
@@ -376,11 +380,19 @@ def make(directory: str) -> RankShell:
     for name in ("ps1", "ps2", "ps3"):  # by these, libraries tell an interactive interpreter
         if hasattr(sys, name):
             delattr(sys, name)
+    shell.register_magic_function(_refuse, "line_cell", "ddp")
     for name in ("exit", "quit"):  # a notebook's own are hidden from it; a script has those of the interpreter
         shell.builtin_trap.auto_builtins.pop(name, None)
     # It empties the namespace, which is the script's.
     atexit.unregister(shell.atexit_operations)
     return shell
+
+
+def _refuse(line: str, cell: str | None = None) -> None:
+    """Be ``%ddp`` and ``%%ddp`` in a rank."""
+    from nbddp._function import refuse_in_rank
+
+    refuse_in_rank(f"%ddp {line}".rstrip() if cell is None else f"%%ddp {line}".rstrip())
 
 
 _WIDGET = "application/vnd.jupyter.widget-view+json"

@@ -64,14 +64,14 @@ class Uplink:
         sys.stdout = sys.__stdout__ = _text_stream(raw)  # type: ignore[misc]
         sys.stderr = sys.__stderr__ = _text_stream(_MarkedStderr(secret))  # type: ignore[misc]
         _redirect_loggers(before, sys.stderr)
-        rank = int(os.environ["RANK"])
-        self._stacks = open(run.stacks(rank), "wb")  # noqa: SIM115  # faulthandler keeps its descriptor
+        rank, local, world = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        self._stacks = open(run.stacks(local), "wb")  # noqa: SIM115  # faulthandler keeps its descriptor
         faulthandler.enable(self._stacks, all_threads=False)
         faulthandler.register(STACK_SIGNAL, self._stacks, all_threads=False)
         pidfd = _process.open_pidfd(os.getpid())
         fds = [out] if pidfd is None else [out, pidfd]
         attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        _wire.send(self._sock, "rank", fds=fds, rank=rank, pid=os.getpid(), attempt=attempt)
+        _wire.send(self._sock, "rank", fds=fds, rank=rank, local=local, world=world, pid=os.getpid(), attempt=attempt)
         for fd in fds:
             os.close(fd)
         # A worker process must not keep the connection of a dead rank open.

@@ -85,7 +85,7 @@ class Sources:
 
 def lines_of(states: Mapping[int, RankState], run_dir: RunDir, sources: Sources) -> list[str]:
     """Return a line for each group of ranks that were at the same place when their stacks were taken."""
-    return grouped({rank: _place_of(state, run_dir, sources) for rank, state in sorted(states.items())})
+    return grouped({state.rank: _place_of(state, run_dir, sources) for state in states.values()})
 
 
 def has_answered(state: RankState, run_dir: RunDir) -> bool:
@@ -176,7 +176,7 @@ def _frames(text: str) -> list[Frame]:
 
 def _stack_text(state: RankState, run_dir: RunDir) -> str:
     """Return what a rank has written since its stack was last asked for."""
-    with contextlib.suppress(OSError), open(run_dir.stacks(state.rank), "rb") as file:
+    with contextlib.suppress(OSError), open(run_dir.stacks(state.local), "rb") as file:
         file.seek(state.stack_at)
         return file.read().decode(errors="replace")
     return ""

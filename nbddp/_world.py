@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from nbddp import _process, _wire
+from nbddp import _machines, _process, _wire
 from nbddp._agent import Launch
 from nbddp._loop import Loop
 from nbddp._paths import RunDir
@@ -106,9 +106,9 @@ class World:
 
     def take_stack(self, state: RankState) -> None:
         """Have a rank write the Python stack of its main thread to its file in the run directory; from any thread."""
-        path = RunDir.from_environment(self.launch.run_dir).stacks(state.rank)
+        path = RunDir.from_environment(self.launch.run_dir).stacks(state.local)
         with self._closing:
-            if self._closed or self.ranks.states.get(state.rank) is not state:
+            if self._closed or self.ranks.states.get(state.local) is not state:
                 return  # asked from another thread: its descriptor is closed, or another file's
             state.stack_at = os.stat(path).st_size if os.path.exists(path) else 0
             _process.signal_main_thread(state.pid, state.pidfd, STACK_SIGNAL)
@@ -155,25 +155,35 @@ class World:
 
     # The end.
 
-    def let_go(self, *, done: bool, wait: bool) -> None:
+    def let_go(
+        self, *, done: bool, wait: bool, say: Callable[[str], None] = lambda _: None, until: float = float("inf")
+    ) -> None:
         """Tell the launcher that the run is over; see to it that all of it is gone, where that matters.
 
         Args:
             done: Whether the ranks end by themselves; else they are killed.
             wait: Whether to wait in any case. If ranks were killed or leave processes of their own, it is waited for.
+            say: Shows a line, if it takes long.
+            until: When other machines are no longer waited for (``time.monotonic``).
         """
         if self.launcher_ended:
             return
         if done:
             self._wake()
             with contextlib.suppress(OSError):
-                self._send("finish")
+                self._send("finish", seconds=_machines.END_SECONDS if self.launch.nnodes > 1 else None)
         else:
             self.kill()
         # A launcher that is still importing will find the request taken back.
         if self._agent is None or (done and not wait and not self._leaves_processes(self._agent)):
             return
-        if done:
+        if done and self.launch.nnodes > 1:
+            # The ranks of other machines may still need what this one's agent serves.
+            self._wait_for_the_end(_machines.TELL_SECONDS)
+            if not self.launcher_ended:
+                say(f"nbddp: {_machines.WAITING_FOR_END}")
+                self._wait_for_the_end(min(_machines.END_SECONDS, until - time.monotonic()))
+        elif done:
             self._wait_for_the_end(_FINISH_SECONDS)
         if not self.launcher_ended:
             if done:

@@ -265,7 +265,11 @@ def test_advice_on_devices(kernel: Kernel) -> None:
 
 
 def test_advice_on_a_backend_that_there_is_not(kernel: Kernel) -> None:
-    reply = kernel.run("%%ddp --cpus 1 --backend nonsense\nprint(1)")
+    # One that stands on the line is refused before; see test_options.
+    reply = kernel.run(
+        "%%ddp --cpus 1 --no-init\nimport torch.distributed as dist\n"
+        "dist.init_process_group('mpi', rank=0, world_size=1)"
+    )
     assert "without --backend, nbddp takes nccl on GPUs and gloo on the CPU" in reply.traceback
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
 import subprocess
 import sys
@@ -10,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+import nbddp
+from nbddp import RunOptions
+from nbddp._keywords import OptionKeywords
+from nbddp._options import option_names
 from tests.kernel import Kernel
 
 SCRIPT = """
@@ -79,13 +85,167 @@ def test_in_a_notebook(kernel: Kernel) -> None:
             "TypeError",
             "fn is None (NoneType), which cannot be called. Pass the function itself and its arguments after it",
         ),
+        (
+            "nbddp.launch(some_task(), cpus=1)",
+            "TypeError",
+            "(coroutine), which cannot be called. Pass the function its",
+        ),
+        ("nbddp.launch('ls', cpus=1)", "TypeError", "A command is no function: lambda: subprocess.run([...])"),
+        ("nbddp.launch(numbers, cpus=1)", "TypeError", "a generator function: to call it runs"),
+        (
+            "nbddp.launch(functools.partial(numbers), cpus=1)",
+            "TypeError",
+            "a generator function: to call it runs nothing",
+        ),
+        ("nbddp.launch(print, gpu=2)", "OptionError", "gpu: there is no such option; did you mean gpus?"),
+        ("nbddp.launch(print, nprocs=2)", "OptionError", "nprocs: there is no such option; did you mean gpus?"),
+        ("nbddp.launch(print, num_machines=2)", "OptionError", "did you mean nnodes?"),
+        (
+            "nbddp.launch(print, zzzz=2)",
+            "OptionError",
+            "zzzz: there is no such option. help(nbddp.RunOptions)",
+        ),
+        ("nbddp.launch(print, args=(1,), cpus=1)", "OptionError", "the function's arguments stand behind it"),
+        (
+            "nbddp.launch(print, sep=1, cpus=1)",
+            "OptionError",
+            "the function's own keyword arguments go into kwargs={'sep': ...}",
+        ),
+        ("nbddp.launch(print, cpus='2')", "OptionError", "--cpus '2': a whole number, as in cpus=2"),
+        ("nbddp.launch(print, cpus=True)", "OptionError", "--cpus True: a whole number, as in cpus=2"),
+        (
+            "nbddp.launch(print, cpus=1, ranks=0)",
+            "OptionError",
+            "--ranks 0: a list of whole numbers, as in ranks=",
+        ),
+        ("nbddp.launch(print, cpus=1, timeout='5')", "OptionError", "--timeout '5': a number of seconds above 0"),
+        ("nbddp.launch(print, cpus=1, out='x')", "OptionError", "out: that is for cells; launch returns what the fun"),
+        ("nbddp.launch(print, options={'cpus': 1})", "OptionError", "that is no nbddp.RunOptions, as in RunOptions("),
+        ("nbddp.launch(print, options=nbddp.RunOptions(cpus=1, out=['x']))", "OptionError", "out and gather are for"),
+        ("nbddp.RunOptions(cpus=1, gpus=1)", "OptionError", "give one of them"),
+        (
+            "nbddp.launch(again, cpus=1)",
+            "LaunchError",
+            "nbddp.launch: this process is rank 0 of a run, or was",
+        ),
     ],
 )
 def test_what_cannot_be(kernel: Kernel, call: str, error: str, message: str) -> None:
-    kernel.ok("import nbddp")
+    kernel.ok(
+        "import nbddp, functools\nasync def some_task(): pass\ndef numbers(): yield 1\n"
+        "def again(): return nbddp.launch(print, cpus=1)"
+    )
     reply = kernel.run(call)
     assert reply.error == error
     assert message in reply.message
+    # Nothing of nbddp's own inside.
+    assert "_function.py" not in reply.traceback
+    assert "_options.py" not in reply.traceback
+
+
+def test_whatever_can_be_called(kernel: Kernel) -> None:
+    kernel.ok(
+        "import asyncio, functools, nbddp\n"
+        "class Model:\n    def __init__(self, size=1):\n        self.size = size\n"
+        "    def bigger(self, by, *, gpus=0):\n        return self.size + by + gpus\n"
+        "    async def __call__(self, by):\n        await asyncio.sleep(0)\n        return self.size * by\n"
+        "async def later(x):\n    await asyncio.sleep(0.01)\n    return x + 1\n"
+        "def on(fn, *args, **options):\n    return nbddp.launch(fn, *args, cpus=1, **options)[0]"
+    )
+    assert kernel.get("on(lambda: 'lambda'), on(len, [1, 2]), on(Model, 3).size") == ("lambda", 2, 3)
+    assert kernel.get("on(Model(3).bigger, 4), on(functools.partial(Model(3).bigger, gpus=5), 4)") == (7, 12)
+    # Of a coroutine function the result is awaited.
+    assert kernel.get("on(later, 1), on(functools.partial(later, 2)), on(Model(3), 4)") == (2, 3, 12)
+    # The function's own names cannot be taken for options, whatever they are.
+    assert kernel.get("on(Model(3).bigger, 1, kwargs={'gpus': 100})") == 104
+    assert kernel.get("on(lambda **given: sorted(given), kwargs={'class': 1, 'options': 2, 'fn': 3})") == [
+        "class",
+        "fn",
+        "options",
+    ]
+    assert kernel.get("on(dict, kwargs={'a b': 1})") == {"a b": 1}
+
+
+def test_options_whole_and_by_keyword(kernel: Kernel, tmp_path: Path) -> None:
+    kernel.ok(
+        "import nbddp, os, torch.distributed as dist\n"
+        "def who():\n    return dist.get_world_size(), os.environ.get('MODE')\n"
+        "options = nbddp.RunOptions(cpus=2, env={'MODE': 'a'})"
+    )
+    assert kernel.get("nbddp.launch(who, options=options)") == [(2, "a"), (2, "a")]
+    # One that is given by keyword wins, also over another that says the same in another way.
+    assert kernel.get("nbddp.launch(who, options=options, cpus=1)") == [(1, "a")]
+    kernel.ok("other = nbddp.launch(who, options=options, gpus=1, env={})")
+    assert kernel.get("other") == [(1, None)]
+    reply = kernel.ok("shown = nbddp.launch(who, options=options, dry_run=True)")
+    assert "torchrun --nnodes 1 --nproc-per-node 2" in reply.text
+    assert kernel.get("shown") == []
+    path = tmp_path / "kept.py"
+    kernel.ok(f"import pathlib\n_ = nbddp.launch(print, 'kept', cpus=1, keep_script=pathlib.Path({str(path)!r}))")
+    assert "restore(" in path.read_text()
+    reply = kernel.ok("results = nbddp.launch(print, 'seen', cpus=2, ranks=[1], plain=True)")
+    assert reply.text == "[rank 1] seen\n"
+
+
+def test_the_keywords_are_the_fields_of_the_options() -> None:
+    fields = {one.name for one in dataclasses.fields(RunOptions)}
+    assert fields - set(OptionKeywords.__annotations__) == {"out", "gather"}
+    shown = inspect.signature(nbddp.launch).parameters
+    assert set(OptionKeywords.__annotations__) <= set(shown)
+    assert all(shown[name].default == getattr(RunOptions(), name) for name in OptionKeywords.__annotations__)
+    # The magic's options are the same.
+    assert {name.removeprefix("--").replace("-", "_") for name in option_names()} == (
+        fields - {"init"} | {"no_init", "help"}
+    )
+
+
+def test_debug_stops_at_the_users_call(kernel: Kernel) -> None:
+    kernel.ok("import nbddp\ndef outer():\n    mine = 'here'\n    return nbddp.launch(lambda: 1 / 0, cpus=1)")
+    kernel.run("outer()")
+    reply = kernel.run("%debug\n", stdin=["p mine", "w", "q"])
+    assert "'here'" in reply.text
+    assert "_function.py" not in reply.text
+    assert "_job.py" not in reply.text
+
+
+def test_the_ranks_traceback_begins_with_the_function(kernel: Kernel) -> None:
+    kernel.ok("import nbddp\ndef work():\n    raise ValueError('bad')")
+    reply = kernel.run("nbddp.launch(work, cpus=1)")
+    assert "raise ValueError('bad')" in reply.traceback
+    assert "globals()" not in reply.traceback
+
+
+ELSEWHERE = """
+import asyncio, threading
+import nbddp
+
+def rank():
+    import torch.distributed as dist
+    return dist.get_rank()
+
+async def main():
+    return nbddp.launch(rank, cpus=2), await asyncio.to_thread(nbddp.launch, rank, cpus=1)
+
+print(asyncio.run(main()))
+thread = threading.Thread(target=lambda: print(nbddp.launch(rank, cpus=2)))
+thread.start()
+thread.join()
+nbddp.launch(rank, gpu=2)
+"""
+
+
+@pytest.mark.parametrize("how", ["python -c", "stdin"])
+def test_without_a_file(tmp_path: Path, how: str) -> None:
+    # From a task and from threads, too.
+    command = [sys.executable, "-c", ELSEWHERE] if how == "python -c" else [sys.executable]
+    run = subprocess.run(
+        command, input=ELSEWHERE, capture_output=True, text=True, check=False, timeout=100, cwd=tmp_path
+    )
+    assert run.stdout == "([0, 1], [0])\n[0, 1]\n", run.stderr
+    assert run.returncode == 1
+    # The user's line, the call, and what was wrong.
+    assert run.stderr.count("  File ") == 2
+    assert "OptionError: gpu: there is no such option; did you mean gpus?" in run.stderr.splitlines()[-1]
 
 
 def test_without_fork_it_is_slower_and_otherwise_the_same(new_kernel: Callable[..., Kernel]) -> None:

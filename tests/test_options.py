@@ -79,7 +79,7 @@ def test_help_explains_every_option_with_examples() -> None:
     assert "%%ddp --gpus 4" in text
     for name in option_names():
         assert name in text
-    assert len(option_names()) == 16
+    assert len(option_names()) == 19
 
 
 @pytest.mark.parametrize("line", ["--gpus 0", "--gpus -1", "--gpus two", "--frobnicate", "--out 1x"])
@@ -177,8 +177,16 @@ def test_backend(kernel: Kernel) -> None:
     kernel.ok("import torch.distributed as dist")
     assert kernel.ok("%%ddp --cpus 1\nprint(dist.get_backend())").text == "gloo\n"
     reply = kernel.run("%%ddp --cpus 1 --backend nonsense\nprint(1)")
-    assert reply.error == "RankError"
-    assert "nonsense" in reply.message
+    assert reply.error == "LaunchError"
+    assert reply.message == (
+        "--backend nonsense: torch has gloo here, and no 'nonsense'. Without --backend it is nccl on GPUs and gloo on "
+        "the CPU"
+    )
+    assert "no 'glo'. Did you mean gloo?" in kernel.run("%%ddp --cpus 1 --backend cpu:glo\nprint(1)").message
+    reply = kernel.run("%%ddp --cpus 1 --backend nonsense --dry-run\nprint(1)")
+    assert reply.error == "LaunchError"
+    # Who makes the group himself may have what nbddp does not know of.
+    assert kernel.ok("%%ddp --cpus 1 --backend nonsense --no-init\nprint(1)").text == "1\n"
 
 
 def test_a_line_is_read_as_people_mean_it() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from nbddp import _palette
-from nbddp._panel import Row, Summary, as_html, as_text, summary_as_html
+from nbddp._panel import Fold, Row, Summary, as_html, as_text, summary_as_html
 from nbddp._progress import Progress
 from tests.kernel import Kernel
 
@@ -70,7 +70,8 @@ def test_as_html_it_passes_sanitisers_and_says_the_same() -> None:
 
 
 def test_a_summary_passes_sanitisers_and_escapes() -> None:
-    text = summary_as_html(Summary("2 ranks <b>", [("rank 0: x", "a < b\n\x1b[31mred\x1b[0m"), ("rank 1", "")], open=1))
+    folds = [Fold(0, "rank 0: x", "a < b\n\x1b[31mred\x1b[0m"), Fold(1, "rank 1", "")]
+    text = summary_as_html(Summary("2 ranks <b>", folds, open=1))
     tags = Tags(text)
     assert tags.tags <= {"details", "summary", "pre", "div", "code"}
     assert "2 ranks <b>" in tags.content

@@ -32,7 +32,7 @@ def comparable(text: str) -> list[str]:
 
 def test_what_it_shows_is_what_one_gets(kernel: Kernel) -> None:
     pairs = examples()
-    assert sum(expected is not None for _, expected in pairs) == 5
+    assert sum(expected is not None for _, expected in pairs) == 6
     for code, expected in pairs:
         reply = kernel.run(code)
         if expected is None:
@@ -42,7 +42,9 @@ def test_what_it_shows_is_what_one_gets(kernel: Kernel) -> None:
             assert comparable(shown) == comparable(expected)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/export.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/export.md", "docs/machines.md"]
+)
 def test_no_link_is_broken(name: str) -> None:
     text = (ROOT / name).read_text()
     for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
