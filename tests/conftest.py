@@ -71,7 +71,7 @@ def kernel(_shared_kernel: Kernel) -> Iterator[Kernel]:
 
 @pytest.fixture
 def new_kernel(open_kernels: list[Kernel]) -> Iterator[Callable[..., Kernel]]:
-    """Start kernels of a test's own; they are closed at its end."""
+    """Start kernels of a test's own; they are killed at its end, which must leave nothing either."""
     own: list[Kernel] = []
 
     def start(load: bool = True, **options: object) -> Kernel:
@@ -84,7 +84,7 @@ def new_kernel(open_kernels: list[Kernel]) -> Iterator[Callable[..., Kernel]]:
 
     yield start
     for kernel in own:
-        kernel.close()
+        kernel.close(politely=False)
         open_kernels.remove(kernel)
 
 

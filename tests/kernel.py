@@ -275,10 +275,10 @@ class Kernel:
         while self.alive() and time.monotonic() < deadline:
             time.sleep(0.02)
 
-    def close(self) -> None:
-        """Shut the kernel down as a server does."""
+    def close(self, *, politely: bool = True) -> None:
+        """Shut the kernel down as a server does, or kill it, which is a second faster."""
         with contextlib.suppress(Exception):
             self.client.stop_channels()
         with contextlib.suppress(Exception):
-            self._manager.shutdown_kernel(now=not self.alive())
+            self._manager.shutdown_kernel(now=not (politely and self.alive()))
         self._manager.cleanup_resources()
