@@ -342,10 +342,10 @@ class Prepared:
             kept.prepare(script.cell, self._arguments(script), script.closure, self.job.options.on, self.job.push)
             return
         self.run_dir = session.new_run()
-        self.launch = self._what_to_launch()
-        if self.job.background:
-            self.logs = session.new_logs()
         try:
+            self.launch = self._what_to_launch()
+            if self.job.background:
+                self.logs = session.new_logs()
             if kept is not None:
                 kept.run_dir, kept.devices, kept.options = self.run_dir, self.devices, self.job.options
                 kept.prepare(script.cell, self._arguments(script), script.closure, self.job.options.on, self.job.push)

@@ -121,7 +121,7 @@ def test_in_a_notebook(kernel: Kernel) -> None:
         ("nbddp.launch(print, cpus=1, timeout='5')", "OptionError", "--timeout '5': a number of seconds above 0"),
         ("nbddp.launch(print, cpus=1, out='x')", "OptionError", "out: that is for cells; launch returns what the fun"),
         ("nbddp.launch(print, options={'cpus': 1})", "OptionError", "that is no nbddp.RunOptions, as in RunOptions("),
-        ("nbddp.launch(print, options=nbddp.RunOptions(cpus=1, out=['x']))", "OptionError", "out and gather are for"),
+        ("nbddp.launch(print, options=nbddp.RunOptions(cpus=1, out=['x']))", "OptionError", "out, gather and bg are for"),
         ("nbddp.RunOptions(cpus=1, gpus=1)", "OptionError", "give one of them"),
         (
             "nbddp.launch(again, cpus=1)",
@@ -189,7 +189,7 @@ def test_options_whole_and_by_keyword(kernel: Kernel, tmp_path: Path) -> None:
 
 def test_the_keywords_are_the_fields_of_the_options() -> None:
     fields = {one.name for one in dataclasses.fields(RunOptions)}
-    assert fields - set(OptionKeywords.__annotations__) == {"out", "gather"}
+    assert fields - set(OptionKeywords.__annotations__) == {"out", "gather", "bg", "auto"}
     shown = inspect.signature(nbddp.launch).parameters
     assert set(OptionKeywords.__annotations__) <= set(shown)
     assert all(shown[name].default == getattr(RunOptions(), name) for name in OptionKeywords.__annotations__)

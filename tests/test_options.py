@@ -79,7 +79,7 @@ def test_help_explains_every_option_with_examples() -> None:
     assert "%%ddp --gpus 4" in text
     for name in option_names():
         assert name in text
-    assert len(option_names()) == 19
+    assert len(option_names()) == 24
 
 
 @pytest.mark.parametrize("line", ["--gpus 0", "--gpus -1", "--gpus two", "--frobnicate", "--out 1x"])
