@@ -1,0 +1,402 @@
+"""Ranks that stay between cells: `%%ddp --keep`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+
+import psutil
+import pytest
+
+from tests.kernel import Kernel
+
+KEEP = "%%ddp --keep --cpus 2\n"
+
+
+@pytest.fixture
+def ranks(kernel: Kernel) -> Iterator[Kernel]:
+    """The shared kernel, in which a test may keep ranks; they end with it."""
+    yield kernel
+    if kernel.alive():
+        kernel.ok("%ddp auto off\n%ddp stop")
+
+
+def pids(kernel: Kernel) -> list[int]:
+    """Return the processes of the kept ranks."""
+    found: list[int] = kernel.get("[s.pid for s in __import__('nbddp')._kept.current().states.values()]")
+    return found
+
+
+def gone(pids: list[int], seconds: float = 2.0) -> bool:
+    """Tell whether none of the processes is there after so long."""
+    deadline = time.monotonic() + seconds
+    while any(map(runs, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return not any(map(runs, pids))
+
+
+def runs(pid: int) -> bool:
+    """Tell whether a process is there and no zombie."""
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def kept(kernel: Kernel) -> bool:
+    """Tell whether ranks are kept."""
+    there: bool = kernel.get("__import__('nbddp')._kept.current() is not None")
+    return there
+
+
+# What is held.
+
+
+def test_the_next_cell_goes_on_in_the_same_ranks(ranks: Kernel) -> None:
+    ranks.ok("offset = 10")
+    ranks.ok(KEEP + "import os\nhere = os.getpid()\nx = rank + offset")
+    before = pids(ranks)
+    reply = ranks.ok("%%ddp --keep --out x\nassert here == os.getpid()\nx += 1\nprint(x)")
+    assert reply.lines == ["[rank 0] 11", "[rank 1] 12"]
+    assert ranks.get("x") == 11
+    assert pids(ranks) == before
+    assert ranks.ok("%ddp stop").text == "nbddp: the kept ranks have ended\n"
+    assert gone(before)
+    assert ranks.ok("%ddp stop").text == "nbddp: no ranks are kept\n"
+
+
+def test_what_ranks_hold_wins_until_it_is_pushed(ranks: Kernel) -> None:
+    ranks.ok("x = 1\ny = [1]")
+    ranks.ok(KEEP + "x += 1 + rank")
+    ranks.ok("x = 50")
+    reply = ranks.ok("%%ddp --keep\nprint(x, y)")
+    assert reply.lines == [
+        "[rank 0] 2 [1]",
+        "[rank 1] 3 [1]",
+        "nbddp: the ranks go on with their own x; %ddp push x sends the notebook's new",
+    ]
+    # Said once; and of what the ranks have made of it themselves, nothing.
+    assert ranks.ok("%%ddp --keep\nprint(x)").lines == ["[rank 0] 2", "[rank 1] 3"]
+    ranks.ok("%ddp push x")
+    assert ranks.ok("%%ddp --keep\nprint(x)").lines == ["[rank 0] 50", "[rank 1] 50"]
+
+
+def test_pull(ranks: Kernel) -> None:
+    ranks.ok(KEEP + "import torch\nw = torch.full((2,), float(rank))\nif rank:\n    only = 'here'")
+    ranks.ok("%ddp pull w")
+    assert ranks.get("w.tolist()") == [0.0, 0.0]
+    ranks.ok("%ddp pull w only --rank 1")
+    assert ranks.get("(w.tolist(), only)") == ([1.0, 1.0], "here")
+    reply = ranks.run("%ddp pull only")
+    assert reply.error == "LaunchError"
+    assert reply.message.startswith("%ddp pull only: rank 0 holds no only; --rank 1 has it. It holds ")
+    assert "the kept ranks are 0, 1" in ranks.run("%ddp pull w --rank 2").raw + ranks.run("%ddp pull w --rank 2").message
+    assert ranks.ok("%%ddp --keep\nprint(w.sum().item())").lines == ["[rank 0] 0.0", "[rank 1] 2.0"]
+    ranks.ok("%ddp stop")
+    reply = ranks.run("%ddp pull w")
+    assert reply.message == "%ddp pull w: no ranks are kept. A cell with %%ddp --keep starts them"
+
+
+def test_on_some_ranks_only(ranks: Kernel) -> None:
+    assert ranks.ok("%%ddp --keep --cpus 3 --on 0,2\nn = rank\nprint(n)").lines == ["[rank 0] 0", "[rank 2] 2"]
+    reply = ranks.run("%%ddp --keep\nprint(n)")
+    assert reply.error == "NameError"
+    assert "rank 1 of 3 raised this" in reply.traceback
+    # Ranks that have no part in a cell do not hold it up, and are there afterwards.
+    reply = ranks.run("%%ddp --keep --on 1\nraise ValueError('alone')")
+    assert (reply.error, reply.message) == ("ValueError", "alone")
+    assert ranks.ok("%%ddp --keep --on 2,0\nprint(n)").lines == ["[rank 0] 0", "[rank 2] 2"]
+    assert "--on 3: the kept ranks are 0-2" in ranks.run("%%ddp --keep --on 3\nprint(n)").message
+    reply = ranks.ok(
+        "%%ddp --keep\nimport torch, torch.distributed as dist\nt = torch.ones(1)\ndist.all_reduce(t)\nprint(t.item())"
+    )
+    assert reply.lines == ["[rank 0] 3.0", "[rank 1] 3.0", "[rank 2] 3.0"]
+
+
+def test_status_says_what_is_kept(ranks: Kernel) -> None:
+    assert ranks.ok("%ddp status").text == "nbddp: nothing is running\n"
+    ranks.ok(KEEP.replace("--keep", "--keep --idle 500") + "import torch\nw = torch.zeros(3)\nif rank: alone = 1")
+    first, zero, one = ranks.ok("%ddp status").text.splitlines()
+    assert first.startswith("nbddp: 2 ranks kept since ")
+    assert first.endswith(", on the CPU, until there was no cell for 500 s")
+    there = pids(ranks)
+    assert zero.startswith(f"  rank 0  pid {there[0]}  ")
+    assert "MB" in zero
+    assert "w (Tensor (3,))" in zero
+    assert "alone" not in zero
+    assert "alone (int)" in one
+
+
+def test_other_options_than_theirs_are_refused(ranks: Kernel) -> None:
+    ranks.ok(KEEP + "x = 1")
+    assert "--keep --cpus 4: 2 ranks are kept, on the CPU" in ranks.run("%%ddp --keep --cpus 4\nprint(x)").message
+    reply = ranks.run("%%ddp --keep --gpus 4\nprint(x)")
+    assert reply.error == "LaunchError"
+    assert reply.message == (
+        "--keep --gpus 4: 2 ranks are kept, on the CPU. Without --gpus the cell runs on them; %ddp stop ends them, with "
+        "all that they hold"
+    )
+    assert "--env A=1" in ranks.run("%%ddp --keep --env A=1\nprint(x)").message
+    assert "--backend mpi" in ranks.run("%%ddp --keep --backend mpi\nprint(x)").message
+    assert ranks.ok("%%ddp --keep --gpus 2\nprint(x)").lines == ["[rank 0] 1", "[rank 1] 1"]
+
+
+def test_a_plain_cell_beside_them(ranks: Kernel) -> None:
+    ranks.ok("x = 'the notebook has this'")
+    ranks.ok(KEEP + "x = rank")
+    before = pids(ranks)
+    assert ranks.ok("%%ddp --cpus 2\nprint(x)").lines == [f"[rank {r}] the notebook has this" for r in (0, 1)]
+    assert ranks.ok("%%ddp --keep\nprint(x)").lines == ["[rank 0] 0", "[rank 1] 1"]
+    assert pids(ranks) == before
+
+
+def test_definitions_keep_their_identity(ranks: Kernel) -> None:
+    ranks.ok(
+        "class Mine(Exception): pass\n"
+        "class Box:\n    def __init__(self, n): self.n = n\n"
+        "box = Box(1)\ndef scale(n): return n * factor\nfactor = 2"
+    )
+    ranks.ok(KEEP + "mine = Box(5)\nassert isinstance(box, Box)\nprint(scale(3))")
+    # Sent with a later cell, the object is of the class that the ranks have.
+    ranks.ok("other = Box(7)")
+    reply = ranks.ok("%%ddp --keep --out back\nassert type(other) is type(mine) is Box\nback = Box(rank)\nprint(other.n)")
+    assert reply.lines == ["[rank 0] 7", "[rank 1] 7"]
+    assert ranks.get("type(back) is Box")
+    # A function uses the ranks' own variables.
+    ranks.ok("%%ddp --keep\nfactor = 100 + rank")
+    assert ranks.ok("%%ddp --keep\nprint(scale(1))").lines == ["[rank 0] 100", "[rank 1] 101"]
+    reply = ranks.ok(
+        "try:\n    get_ipython().run_cell_magic('ddp', '--keep', 'raise Mine(rank)')\nexcept Mine as e:\n    print(type(e).__name__, e.rank)"
+    )
+    assert "Mine 0\n" in reply.text or "Mine 1\n" in reply.text
+
+
+def test_what_is_redefined_goes_when_it_is_pushed(ranks: Kernel) -> None:
+    ranks.ok("def f(): return 'old'\nclass C:\n    v = 'old'")
+    ranks.ok(KEEP + "print(f(), C.v)\nc = C()")
+    ranks.ok("def f(): return 'new'\nclass C:\n    v = 'new'")
+    reply = ranks.ok("%%ddp --keep\nprint(f(), C.v)")
+    assert reply.lines == [
+        "[rank 0] old old",
+        "[rank 1] old old",
+        "nbddp: the ranks go on with their own C, f; %ddp push C f sends the notebook's new",
+    ]
+    ranks.ok("%ddp push C f")
+    assert ranks.ok("%%ddp --keep\nprint(f(), C.v, c.v)").lines == [f"[rank {r}] new new old" for r in (0, 1)]
+
+
+# Failures.
+
+
+def test_a_cell_that_fails_ends_nothing(ranks: Kernel) -> None:
+    ranks.ok("import torch, torch.distributed as dist\nfrom torch.nn.parallel import DistributedDataParallel as DDP")
+    ranks.ok(
+        KEEP + "torch.manual_seed(0)\nddp = DDP(torch.nn.Linear(4, 1))\nsgd = torch.optim.SGD(ddp.parameters(), lr=0.1)\n"
+        "data = torch.utils.data.TensorDataset(torch.randn(8, 4, generator=torch.Generator().manual_seed(rank)))\n"
+        "loader = torch.utils.data.DataLoader(data, batch_size=4)\n"
+        "def step():\n    for x, in loader:\n        sgd.zero_grad()\n        ddp(x).square().sum().backward()\n"
+        "        sgd.step()\nstep()"
+    )
+    before = pids(ranks)
+    reply = ranks.run("%%ddp --keep\nif rank == 1:\n    raise ValueError('no data')\ndist.barrier()")
+    assert (reply.error, reply.message) == ("ValueError", "no data")
+    assert "rank 1 of 2 raised this" in reply.traceback
+    assert "nbddp: the 2 ranks stay, with what they hold; their process group was made anew" in reply.text
+    assert reply.seconds < 5
+    # The other way round, in the middle of a backward pass.
+    reply = ranks.run("%%ddp --keep\nif rank == 0:\n    raise KeyError('k')\nstep()")
+    assert reply.error == "KeyError"
+    reply = ranks.ok(
+        "%%ddp --keep --gather weights\nstep()\nweights = ddp.module.weight.detach().clone()\nt = torch.ones(1)\n"
+        "dist.all_reduce(t)\nprint(t.item())"
+    )
+    assert reply.lines == ["[rank 0] 2.0", "[rank 1] 2.0"]
+    assert pids(ranks) == before
+    assert ranks.get("torch.equal(*weights)"), "gradients are averaged again"
+
+
+def test_sys_exit_ends_the_cell_and_no_rank(ranks: Kernel) -> None:
+    ranks.ok(KEEP + "import sys\nx = 1\nsys.exit()")
+    before = pids(ranks)
+    reply = ranks.run("%%ddp --keep\nif rank == 1:\n    sys.exit(3)")
+    assert reply.message.startswith("rank 1 of 2 exited with status 3")
+    assert ranks.ok("%%ddp --keep\nprint(x)").lines == ["[rank 0] 1", "[rank 1] 1"]
+    assert pids(ranks) == before
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_rank_that_dies_between_two_cells(ranks: Kernel, signum: signal.Signals) -> None:
+    ranks.ok(KEEP + "x = 1")
+    before = pids(ranks)
+    os.kill(before[1], signum)
+    assert gone(before)
+    reply = ranks.run("%%ddp --keep\nprint(x)")
+    assert reply.error == "RunLostError"
+    assert reply.message.startswith(f"rank 1 was killed by signal {int(signum)} ({signum.name}) between two cells")
+    assert ranks.ok(KEEP + "x = 2\nprint(x)").lines == ["[rank 0] 2", "[rank 1] 2"]
+
+
+def test_a_rank_that_dies_in_a_cell(ranks: Kernel) -> None:
+    ranks.ok(KEEP + "import os, signal, torch.distributed as dist")
+    before = pids(ranks)
+    reply = ranks.run("%%ddp --keep\nif rank == 1:\n    os.kill(os.getpid(), signal.SIGKILL)\ndist.barrier()")
+    assert reply.message.startswith("rank 1 of 2 was killed by signal 9 (SIGKILL)")
+    assert "nbddp: the kept ranks are gone, and what they held with them" in reply.text
+    assert gone(before)
+    assert not kept(ranks)
+    assert ranks.ok(KEEP + "print(1)").lines == ["[rank 0] 1", "[rank 1] 1"]
+
+
+def test_a_stopped_rank_is_ended_by_an_interrupt(ranks: Kernel) -> None:
+    ranks.ok(KEEP + "x = 1")
+    before = pids(ranks)
+    os.kill(before[1], signal.SIGSTOP)
+    ranks.ok("%config DDPMagics.grace = 1")
+    reply = ranks.run_and_after("%%ddp --keep\nprint(x)", 1.0, ranks.interrupt)
+    ranks.ok("%config DDPMagics.grace = 5")
+    assert reply.error == "KeyboardInterrupt"
+    assert "rank 1: no answer: it is stopped, or the machine is very busy" in reply.traceback
+    assert "nbddp: the kept ranks are gone, and what they held with them" in reply.text
+    assert gone(before)
+
+
+@pytest.mark.parametrize("who", ["agent", "launcher"])
+@pytest.mark.parametrize("when", ["between", "in a cell"])
+def test_agent_or_launcher_die(ranks: Kernel, who: str, when: str) -> None:
+    ranks.ok(KEEP + "import time\nx = 1")
+    before = pids(ranks)
+    agent = psutil.Process(before[0]).parent()
+    assert agent is not None
+    victim = agent if who == "agent" else agent.parent()
+    assert victim is not None
+    if when == "between":
+        victim.kill()
+        assert gone(before)
+        reply = ranks.run("%%ddp --keep\nprint(x)")
+    else:
+        reply = ranks.run_and("%%ddp --keep\nprint('up')\ntime.sleep(60)", "[rank 1] up", victim.kill)
+    assert reply.error == "RunLostError", reply.traceback
+    assert who in reply.message
+    assert gone([*before, agent.pid])
+    assert not kept(ranks)
+    assert ranks.ok(KEEP + "print(1)").lines == ["[rank 0] 1", "[rank 1] 1"]
+
+
+@pytest.mark.parametrize("how", ["killed", "restarted"])
+def test_a_kernel_that_ends_leaves_nothing(new_kernel: Callable[..., Kernel], how: str) -> None:
+    kernel = new_kernel()
+    kernel.ok(KEEP + "import subprocess\nchild = subprocess.Popen(['sleep', '100'], start_new_session=True)")
+    there = [*pids(kernel), *(p.pid for p in psutil.Process(kernel.pid).children(recursive=True))]
+    if how == "killed":
+        kernel.kill()
+    else:
+        kernel._manager.shutdown_kernel(now=False)
+    assert gone(there)
+
+
+# Interrupts.
+
+
+def test_an_interrupt_leaves_the_ranks_what_they_hold(ranks: Kernel) -> None:
+    ranks.ok(KEEP + "import time, torch.distributed as dist\nn = 0")
+    before = pids(ranks)
+    for code in (
+        "print('up')\nwhile True:\n    n += 1",
+        "n += 1\nprint('up')\ntime.sleep(60)",
+        "n += 1\nprint('up')\nif rank == 0:\n    dist.barrier()\nelse:\n    time.sleep(60)",
+    ):
+        reply = ranks.run_and(
+            "%%ddp --keep\n" + code, "[rank 1] up", lambda: (time.sleep(0.2), ranks.interrupt())
+        )
+        assert reply.error == "KeyboardInterrupt"
+        assert "of the cell" in reply.traceback
+        assert "nbddp: the 2 ranks stay, with what they hold" in reply.text
+        assert reply.seconds < 5
+    assert ranks.ok("%%ddp --keep\nprint(n > 3)\ndist.barrier()").lines == ["[rank 0] True", "[rank 1] True"]
+    assert pids(ranks) == before
+
+
+def test_ranks_that_ignore_an_interrupt_are_lost_with_what_they_hold(ranks: Kernel) -> None:
+    ranks.ok(KEEP + "x = 1\nimport signal, time")
+    before = pids(ranks)
+    ranks.ok("%config DDPMagics.grace = 1")
+    reply = ranks.run_and(
+        "%%ddp --keep\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\nprint('up')\ntime.sleep(60)",
+        "[rank 1] up",
+        ranks.interrupt,
+    )
+    ranks.ok("%config DDPMagics.grace = 5")
+    assert reply.error == "KeyboardInterrupt"
+    assert "nbddp: the kept ranks are gone, and what they held with them" in reply.text
+    assert gone(before)
+    assert not kept(ranks)
+
+
+def test_a_second_interrupt_asks_again_and_kills_nobody_who_obeys(ranks: Kernel) -> None:
+    ranks.ok(KEEP + "x = 1\nimport time")
+    before = pids(ranks)
+
+    def twice() -> None:
+        ranks.interrupt()
+        time.sleep(0.4)
+        ranks.interrupt()
+
+    reply = ranks.run_and(
+        "%%ddp --keep\nprint('up')\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    time.sleep(60)",
+        "[rank 1] up",
+        twice,
+    )
+    assert reply.error == "KeyboardInterrupt"
+    assert reply.seconds < 4
+    assert ranks.ok("%%ddp --keep\nprint(x)").lines == ["[rank 0] 1", "[rank 1] 1"]
+    assert pids(ranks) == before
+
+
+def test_an_interrupt_while_they_are_idle_is_nothing_to_them(ranks: Kernel) -> None:
+    ranks.ok(KEEP + "x = 1")
+    before = pids(ranks)
+    ranks.interrupt()
+    reply = ranks.run_and_after("import time\ntime.sleep(20)", 0.3, ranks.interrupt)
+    assert reply.error == "KeyboardInterrupt"
+    assert ranks.ok("%%ddp --keep\nprint(x)").lines == ["[rank 0] 1", "[rank 1] 1"]
+    assert pids(ranks) == before
+
+
+def test_an_interrupt_while_names_are_loaded(ranks: Kernel) -> None:
+    ranks.ok(
+        "class Slow:\n    def __setstate__(self, state):\n        import time\n        print('loading', flush=True)\n"
+        "        time.sleep(60)\n    def __getstate__(self):\n        return {'a': 1}\nslow = Slow()"
+    )
+    ranks.ok(KEEP + "x = 1")
+    before = pids(ranks)
+    reply = ranks.run_and("%%ddp --keep\nprint(slow)", "[rank 1] loading", ranks.interrupt)
+    assert reply.error == "KeyboardInterrupt"
+    assert ranks.ok("%%ddp --keep\nprint(x, 'slow' in globals())").lines == ["[rank 0] 1 False", "[rank 1] 1 False"]
+    assert pids(ranks) == before
+
+
+def test_timeout(ranks: Kernel) -> None:
+    ranks.ok(KEEP + "x = 1\nimport time")
+    reply = ranks.run("%%ddp --keep --timeout 1\ntime.sleep(60)")
+    assert reply.error == "RunTimeout"
+    assert "on line 2 of the cell: time.sleep(60)" in reply.traceback
+    assert ranks.ok("%%ddp --keep\nprint(x)").lines == ["[rank 0] 1", "[rank 1] 1"]
+
+
+# Idle time.
+
+
+def test_idle_ranks_end_and_the_last_cell_says_so(ranks: Kernel) -> None:
+    ranks.ok("%%ddp --keep --cpus 2 --idle 0.6\nimport atexit\natexit.register(print, 'bye')")
+    before = pids(ranks)
+    last = ranks.ask("%%ddp --keep --idle 0.6\nx = 1")
+    assert last.wait(10)
+    last.returned_at = None  # what comes now still belongs to it
+    last.wait(5, until=lambda: "have ended" in last.reply.text)
+    assert last.reply.text.endswith("nbddp: the kept ranks have ended: there was no cell for 0.6 s (--idle)\n")
+    assert gone(before)
+    reply = ranks.run("%%ddp --keep\nprint(x)")
+    assert reply.error == "RunLostError"
+    assert "no cell for 0.6 s" in reply.message
