@@ -322,11 +322,26 @@ class Kept:
         deadline = time.monotonic() + 1.0
         while not self.world.launcher_ended and time.monotonic() < deadline:
             self.world.loop.step(deadline)
-        gone = sorted(self.world.ranks.gone, key=lambda state: state.died or 0.0)
-        how = f"rank {gone[0].rank} {how_it_died(gone[0].exitcode)}" if gone else "the launcher of nbddp ended"
-        self.lost = f"{how} between two cells"
+        self.lost = f"{self._what_died()} between two cells"
         self._tell(f"nbddp: {self.lost}; the kept ranks are gone, and what they held with them")
+        self._close_for_good()
+
+    def _what_died(self) -> str:
+        """Return what has died first: with the launcher goes the agent, and with the agent go the ranks."""
+        assert self.world is not None
+        status = self.world.agent_status
+        if self.world.launcher_died:
+            return "nbddp's launcher ended"
+        if status is not None and status < 0:
+            return f"torchrun's agent {how_it_died(status)}"
+        first = min(self.world.ranks.gone, key=lambda state: state.died or 0.0)
+        return f"rank {first.rank} {how_it_died(first.exitcode)}"
+
+    def _close_for_good(self) -> None:
+        """End what is left of the ranks, and of their files; nobody else is there to do it."""
         self.close()
+        if self.run_dir is not None:
+            self.run_dir.remove()
 
     def _end_idle(self) -> None:
         """End the ranks as scripts end."""
@@ -337,7 +352,7 @@ class Kept:
             self.world.loop.step(deadline)
         done = all(state.ended for state in self.states.values())
         self.world.let_go(done=done, wait=True)
-        self.close()
+        self._close_for_good()
         self.lost = f"there was no cell for {self.idle:g} s (--idle)"
         self._tell(f"nbddp: the kept ranks have ended: {self.lost}")
 

@@ -92,7 +92,9 @@ def test_pull(ranks: Kernel) -> None:
     reply = ranks.run("%ddp pull only")
     assert reply.error == "LaunchError"
     assert reply.message.startswith("%ddp pull only: rank 0 holds no only; --rank 1 has it. It holds ")
-    assert "the kept ranks are 0, 1" in ranks.run("%ddp pull w --rank 2").raw + ranks.run("%ddp pull w --rank 2").message
+    assert (
+        "the kept ranks are 0, 1" in ranks.run("%ddp pull w --rank 2").raw + ranks.run("%ddp pull w --rank 2").message
+    )
     assert ranks.ok("%%ddp --keep\nprint(w.sum().item())").lines == ["[rank 0] 0.0", "[rank 1] 2.0"]
     ranks.ok("%ddp stop")
     reply = ranks.run("%ddp pull w")
@@ -135,8 +137,8 @@ def test_other_options_than_theirs_are_refused(ranks: Kernel) -> None:
     reply = ranks.run("%%ddp --keep --gpus 4\nprint(x)")
     assert reply.error == "LaunchError"
     assert reply.message == (
-        "--keep --gpus 4: 2 ranks are kept, on the CPU. Without --gpus the cell runs on them; %ddp stop ends them, with "
-        "all that they hold"
+        "--keep --gpus 4: 2 ranks are kept, on the CPU. Without --gpus the cell runs on them; %ddp stop ends them, "
+        "with all that they hold"
     )
     assert "--env A=1" in ranks.run("%%ddp --keep --env A=1\nprint(x)").message
     assert "--backend mpi" in ranks.run("%%ddp --keep --backend mpi\nprint(x)").message
@@ -161,14 +163,17 @@ def test_definitions_keep_their_identity(ranks: Kernel) -> None:
     ranks.ok(KEEP + "mine = Box(5)\nassert isinstance(box, Box)\nprint(scale(3))")
     # Sent with a later cell, the object is of the class that the ranks have.
     ranks.ok("other = Box(7)")
-    reply = ranks.ok("%%ddp --keep --out back\nassert type(other) is type(mine) is Box\nback = Box(rank)\nprint(other.n)")
+    reply = ranks.ok(
+        "%%ddp --keep --out back\nassert type(other) is type(mine) is Box\nback = Box(rank)\nprint(other.n)"
+    )
     assert reply.lines == ["[rank 0] 7", "[rank 1] 7"]
     assert ranks.get("type(back) is Box")
     # A function uses the ranks' own variables.
     ranks.ok("%%ddp --keep\nfactor = 100 + rank")
     assert ranks.ok("%%ddp --keep\nprint(scale(1))").lines == ["[rank 0] 100", "[rank 1] 101"]
     reply = ranks.ok(
-        "try:\n    get_ipython().run_cell_magic('ddp', '--keep', 'raise Mine(rank)')\nexcept Mine as e:\n    print(type(e).__name__, e.rank)"
+        "try:\n    get_ipython().run_cell_magic('ddp', '--keep', 'raise Mine(rank)')\n"
+        "except Mine as e:\n    print(type(e).__name__, e.rank)"
     )
     assert "Mine 0\n" in reply.text or "Mine 1\n" in reply.text
 
@@ -193,7 +198,8 @@ def test_what_is_redefined_goes_when_it_is_pushed(ranks: Kernel) -> None:
 def test_a_cell_that_fails_ends_nothing(ranks: Kernel) -> None:
     ranks.ok("import torch, torch.distributed as dist\nfrom torch.nn.parallel import DistributedDataParallel as DDP")
     ranks.ok(
-        KEEP + "torch.manual_seed(0)\nddp = DDP(torch.nn.Linear(4, 1))\nsgd = torch.optim.SGD(ddp.parameters(), lr=0.1)\n"
+        KEEP
+        + "torch.manual_seed(0)\nddp = DDP(torch.nn.Linear(4, 1))\nsgd = torch.optim.SGD(ddp.parameters(), lr=0.1)\n"
         "data = torch.utils.data.TensorDataset(torch.randn(8, 4, generator=torch.Generator().manual_seed(rank)))\n"
         "loader = torch.utils.data.DataLoader(data, batch_size=4)\n"
         "def step():\n    for x, in loader:\n        sgd.zero_grad()\n        ddp(x).square().sum().backward()\n"
@@ -307,9 +313,7 @@ def test_an_interrupt_leaves_the_ranks_what_they_hold(ranks: Kernel) -> None:
         "n += 1\nprint('up')\ntime.sleep(60)",
         "n += 1\nprint('up')\nif rank == 0:\n    dist.barrier()\nelse:\n    time.sleep(60)",
     ):
-        reply = ranks.run_and(
-            "%%ddp --keep\n" + code, "[rank 1] up", lambda: (time.sleep(0.2), ranks.interrupt())
-        )
+        reply = ranks.run_and("%%ddp --keep\n" + code, "[rank 1] up", lambda: (time.sleep(0.2), ranks.interrupt()))
         assert reply.error == "KeyboardInterrupt"
         assert "of the cell" in reply.traceback
         assert "nbddp: the 2 ranks stay, with what they hold" in reply.text
