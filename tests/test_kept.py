@@ -404,3 +404,183 @@ def test_idle_ranks_end_and_the_last_cell_says_so(ranks: Kernel) -> None:
     reply = ranks.run("%%ddp --keep\nprint(x)")
     assert reply.error == "RunLostError"
     assert "no cell for 0.6 s" in reply.message
+
+
+# What cells do.
+
+
+def test_a_name_that_one_rank_holds(ranks: Kernel) -> None:
+    ranks.ok(KEEP + "if rank == 1:\n    alone = 5")
+    reply = ranks.run("%%ddp --keep\nprint(alone)")
+    assert reply.error == "NameError"
+    assert "rank 0 of 2 raised this" in reply.traceback
+    assert "Only rank 1 holds 'alone'" in reply.traceback
+    # Where the notebook has one, the rank that lacks it gets that, and the other keeps its own.
+    ranks.ok("alone = 'of the notebook'")
+    assert ranks.ok("%%ddp --keep\nprint(alone)").lines == ["[rank 0] of the notebook", "[rank 1] 5"]
+
+
+def test_what_a_thread_prints_between_two_cells_is_shown_by_the_next(ranks: Kernel) -> None:
+    ranks.ok(
+        KEEP + "import threading\ndef late():\n    print('late', rank)\n    display('shown')\n    print('more')\n"
+        "threading.Timer(0.3, late).start()"
+    )
+    assert "late" not in ranks.ok("import time\ntime.sleep(0.6)").text
+    reply = ranks.ok("%%ddp --keep\nprint('next')")
+    assert reply.lines == [f"[rank {r}] {text}" for r in (0, 1) for text in (f"late {r}", "more", "next")]
+    assert [d["text/plain"] for d in reply.displays] == ["'shown'", "'shown'"]
+
+
+def test_values_displays_and_plots(ranks: Kernel) -> None:
+    ranks.ok("%matplotlib inline\nimport matplotlib.pyplot as plt\nfrom IPython.display import HTML, display")
+    ranks.ok(KEEP + "n = 40")
+    for _ in range(2):
+        reply = ranks.ok("%%ddp --keep\ndisplay(HTML('<b>here</b>'))\nplt.plot([1, 2])\nplt.show()\nn += 1\n{'n': n}")
+        assert sum("text/html" in d for d in reply.displays) == 2
+        assert sum("image/png" in d for d in reply.displays) == 2
+    assert reply.value is not None
+    assert reply.value["text/plain"] == "{'n': 42}"
+
+
+def test_workers_of_a_data_loader_know_what_cells_have_defined(ranks: Kernel) -> None:
+    ranks.ok("import torch\nclass Sent:\n    def __call__(self, x): return x + 1")
+    ranks.ok(
+        KEEP + "class Data(torch.utils.data.Dataset):\n    add = Sent()\n    def __len__(self): return 4\n"
+        "    def __getitem__(self, i): return twice(self.add(i))\ndef twice(x): return 2 * x\n"
+        "def total(context):\n"
+        "    loader = torch.utils.data.DataLoader(Data(), num_workers=1, multiprocessing_context=context)\n"
+        "    return sum(int(x) for x in loader)"
+    )
+    reply = ranks.ok("%%ddp --keep\nprint(total('fork'), total('spawn'))", timeout=90)
+    assert reply.lines == ["[rank 0] 20 20", "[rank 1] 20 20"]
+    # What is defined anew is what workers get.
+    reply = ranks.ok("%%ddp --keep\ndef twice(x): return 3 * x\nprint(total('fork'), total('spawn'))", timeout=90)
+    assert reply.lines == ["[rank 0] 30 30", "[rank 1] 30 30"]
+
+
+def test_what_cannot_be_pickled_either_way(ranks: Kernel) -> None:
+    ranks.ok("import threading\nlock = threading.Lock()")
+    ranks.ok(KEEP + "x = 1\nmine = (i for i in range(3))")
+    before = pids(ranks)
+    assert ranks.run("%%ddp --keep\nprint(lock)").error == "CaptureError"
+    reply = ranks.run("%ddp push lock")
+    assert reply.error == "CaptureError"
+    assert "cannot send 'lock'" in reply.message
+    reply = ranks.run("%ddp pull mine x")
+    assert reply.error == "ResultError"
+    assert "cannot bring back 'mine' (generator)" in reply.message
+    assert ranks.get("[*get_ipython().run_line_magic('ddp', 'results')]") == ["x"]
+    assert ranks.run("%%ddp --keep --out mine\nmine").error == "ResultError"
+    assert ranks.ok("%%ddp --keep\nprint(x, next(mine))").lines == ["[rank 0] 1 0", "[rank 1] 1 0"]
+    assert pids(ranks) == before
+
+
+def test_large_results_and_names(new_kernel: Callable[..., Kernel]) -> None:
+    # More than fits into /dev/shm, which is what a container has by default.
+    free = psutil.disk_usage("/dev/shm").free
+    kernel = new_kernel()
+    kernel.ok("import torch\nsent = torch.arange(20_000_000)")
+    kernel.ok(KEEP + "import os\nassert int(sent[-1]) == 19_999_999\nbig = sent * 2")
+    for _ in range(2):
+        kernel.ok("%ddp pull big --rank 1")
+        assert kernel.get("int(big[-1])") == 39_999_998
+        kernel.ok("%ddp push big")
+        kernel.ok("del big\nimport gc\ngc.collect()")
+    kernel.ok("%%ddp --keep\ndel sent, big")
+    # What a cell was sent is gone when it is over and nobody has it.
+    assert free - psutil.disk_usage("/dev/shm").free < 50_000_000
+    kernel.ok("%ddp stop")
+
+
+def test_a_syntax_error_costs_nothing(ranks: Kernel) -> None:
+    ranks.ok(KEEP + "x = 1")
+    reply = ranks.run("%%ddp --keep\nx = (1")
+    assert reply.error == "SyntaxError"
+    assert "line 2" in reply.traceback
+    assert ranks.ok("%%ddp --keep\nprint(x)").lines == ["[rank 0] 1", "[rank 1] 1"]
+
+
+# %ddp auto
+
+
+def test_auto_sends_what_follows_to_the_ranks(ranks: Kernel) -> None:
+    mark = "nbddp: this cell runs on the kept ranks, not in the notebook (%ddp auto off)"
+    assert "no ranks are kept" in ranks.run("%ddp auto on").raw + ranks.run("%ddp auto on").message
+    ranks.ok("here = 'notebook'")
+    ranks.ok("%ddp auto on --cpus 2")
+    reply = ranks.ok("import asyncio\nx = rank\nprint(here, x)")
+    assert reply.text.startswith("nbddp: ")
+    assert mark in reply.lines
+    assert {"[rank 0] notebook 0", "[rank 1] notebook 1"} <= set(reply.lines)
+    reply = ranks.ok("await asyncio.sleep(0.01)\nx += 1\nprint(x)")
+    assert reply.lines == ["[rank 0] 1", "[rank 1] 2", mark]
+    # Lines are numbered as the notebook numbers them.
+    reply = ranks.run("x = 1\n\nraise ValueError('third')")
+    assert reply.error == "ValueError"
+    assert "----> 3 raise ValueError('third')" in reply.traceback
+    assert ", line 3\n" in reply.traceback
+    reply = ranks.run("x = 1\ny = (2")
+    assert "line 2" in reply.traceback
+    assert reply.error == "SyntaxError"
+    # Magics, shell commands and help are the notebook's own; with other lines, they are the cell's.
+    assert ranks.ok("!echo shell").text.splitlines()[-1].strip() == "shell"
+    assert "captured" not in ranks.ok("%%capture\nprint('captured')").text
+    assert ranks.ok("%%writefile auto.txt\ntext").status == "ok"
+    assert ranks.ok("x?").status == "ok"
+    assert ranks.ok("len?").status == "ok"
+    assert "1 loop" in ranks.ok("%timeit -n1 -r1 x").text
+    reply = ranks.ok("y = x\n%time y += 1\n!echo from a rank\ny")
+    assert reply.lines.count("[rank 0] from a rank") == 1
+    assert reply.value is not None
+    assert ranks.ok("%ddp status").text.startswith("nbddp: 2 ranks kept")
+    assert ranks.ok("%%ddp --cpus 1\nprint('plain')").text.endswith("plain\n")
+    assert ranks.ok("").text == ""
+    assert ranks.ok("# only a comment").status == "ok"
+    ranks.ok("%ddp auto off")
+    assert ranks.ok("print(here)").text == "notebook\n"
+
+
+# For long.
+
+
+def test_cell_after_cell_leaves_nothing(new_kernel: Callable[..., Kernel]) -> None:
+    kernel = new_kernel()
+    kernel.ok(
+        "import torch, torch.distributed as dist\nimport os, threading\n"
+        "def state():\n    return len(os.listdir('/proc/self/fd')), threading.active_count()"
+    )
+    kernel.ok(KEEP + "import gc\nkeep = torch.ones(1)")
+    there = [psutil.Process(pid) for pid in pids(kernel)]
+
+    def cell(n: int) -> None:
+        kernel.ok(f"data = torch.full((100_000,), {n}.0)\ndef f():\n    return data.sum() + {n}")
+        kernel.ok("%ddp push data f")
+        if n % 10 == 5:
+            failing = "%%ddp --keep\nif rank:\n    raise ValueError('once more')\ndist.barrier()"
+            assert kernel.run(failing).error == "ValueError"
+        kernel.ok(f"%%ddp --keep --out total\ntotal = f()\ndist.all_reduce(total)\nassert total == {2 * n * 100_001}")
+        assert kernel.get("total.item()") == 2 * n * 100_001
+
+    def what_there_is() -> object:
+        kernel.ok("import gc\ngc.collect()")
+        kernel.ok("%%ddp --keep\ngc.collect()")
+        session = kernel.get("__import__('nbddp')._function.client.session.root")
+        files = [sorted(os.listdir(p)) for p in (session, f"/dev/shm/{os.path.basename(session)}")]
+        run = next(os.path.join(session, name) for name in files[0] if name.startswith("run-"))
+        return {
+            "kernel": kernel.get("state()"),
+            "ranks": [(p.num_fds(), p.num_threads()) for p in there],
+            "files": [[name.split("-")[0] for name in names] for names in files],
+            "run": sorted(name for name in os.listdir(run) if not name.startswith("store.")),
+        }
+
+    for n in range(10):
+        cell(n)
+    before, memory = what_there_is(), [p.memory_full_info().uss for p in there]
+    for n in range(10, 60):
+        cell(n)
+    assert what_there_is() == before
+    for p, was in zip(there, memory, strict=True):
+        assert p.memory_full_info().uss - was < 10_000_000
+    assert kernel.ok("%%ddp --keep\nprint(keep.item())").lines == ["[rank 0] 1.0", "[rank 1] 1.0"]
+    kernel.ok("%ddp stop")
