@@ -290,7 +290,11 @@ class DDPMagics(Magics):
             view=View(plain=self.plain or _settings.plain(os.environ)),
             **fields,
         )
-        return _job.perform(job, client, screen_of(self.shell)).results
+        try:
+            return _job.perform(job, client, screen_of(self.shell)).results
+        except ResultError as error:
+            self._left_over = error.results
+            raise
 
     def _export(self, words: Sequence[str]) -> None:
         """Write a cell of this session as a script."""
