@@ -487,6 +487,7 @@ class Prepared:
             known=self.job.known - set(self.job.names),
             sent=self.sent,
             launcher=self.client.last_words() if run.world.launcher_died else None,
+            holders=self.kept.holders() if self.kept is not None else {},
         )
         return error_of(ending, circumstances)
 

@@ -463,10 +463,3 @@ def status(kept: Kept) -> list[str]:
         held = ", ".join(f"{name} ({kind})" for name, kind in sorted(state.held.items()) if kind != "module")
         lines.append(f"  rank {rank}  pid {state.pid}  {memory.get(rank, '')}  {held or 'holds nothing'}")
     return lines
-
-
-def whose_names(holders: Mapping[str, Collection[int]], name: str) -> str | None:
-    """Return a sentence on a name that only some ranks hold; None if it is none."""
-    if name not in holders:
-        return None
-    return f"Only {rank_list(sorted(holders[name]))} {'holds' if len(holders[name]) == 1 else 'hold'} {name!r}"
