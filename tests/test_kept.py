@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from tests.kernel import Kernel
+from tests.test_machine import in_mounts
 
 KEEP = "%%ddp --keep --cpus 2\n"
 
@@ -392,18 +393,53 @@ def test_timeout(ranks: Kernel) -> None:
 # Idle time.
 
 
-def test_idle_ranks_end_and_the_last_cell_says_so(ranks: Kernel) -> None:
-    ranks.ok("%%ddp --keep --cpus 2 --idle 0.6\nimport atexit\natexit.register(print, 'bye')")
+def test_idle_ranks_end_and_the_last_cell_that_used_them_says_so(ranks: Kernel) -> None:
+    ranks.ok(KEEP + "import atexit, os\natexit.register(lambda: open('left', 'a').write('x'))")
     before = pids(ranks)
-    last = ranks.ask("%%ddp --keep --idle 0.6\nx = 1")
+    ranks.ok("%config DDPMagics.idle = 0.6\nimport time")
+    last = ranks.ask("%%ddp --keep\nx = 1")
     assert last.wait(10)
-    last.returned_at = None  # what comes now still belongs to it
-    last.wait(5, until=lambda: "have ended" in last.reply.text)
-    assert last.reply.text.endswith("nbddp: the kept ranks have ended: there was no cell for 0.6 s (--idle)\n")
+    client, printed = ranks.client, dict[str, str]()
+    another = client.execute("time.sleep(1.5)\nprint('slept')")
+    deadline = time.monotonic() + 20
+    while "slept" not in printed.get(another, "") and time.monotonic() < deadline:
+        message = client.get_iopub_msg(timeout=10)
+        if message["msg_type"] == "stream":
+            cell = message["parent_header"]["msg_id"]
+            printed[cell] = printed.get(cell, "") + message["content"]["text"]
+    line = "nbddp: the kept ranks have ended: there was no cell for 0.6 s (--idle)\n"
+    assert list(printed.values()) == [line, "slept\n"]
+    ranks.ok("%config DDPMagics.idle = 3600")
     assert gone(before)
+    assert ranks.get("open('left').read()") == "xx", "they end as scripts do"
     reply = ranks.run("%%ddp --keep\nprint(x)")
     assert reply.error == "RunLostError"
-    assert "no cell for 0.6 s" in reply.message
+    assert reply.message.startswith("there was no cell for 0.6 s (--idle), and the kept ranks are gone")
+
+
+def test_a_stopped_launcher_holds_nothing_up(ranks: Kernel) -> None:
+    ranks.ok(KEEP + "x = 1")
+    before = pids(ranks)
+    agent = psutil.Process(before[0]).parent()
+    assert agent is not None
+    launcher = agent.parent()
+    assert launcher is not None
+    for process in (agent, launcher):
+        process.suspend()
+    assert ranks.ok("%%ddp --keep\nprint(x)", timeout=10).lines == ["[rank 0] 1", "[rank 1] 1"]
+    agent.resume()
+    ranks.ok("%ddp stop", timeout=10)
+    assert gone([*before, agent.pid])
+
+
+def test_unloading_the_extension_ends_them(new_kernel: Callable[..., Kernel]) -> None:
+    kernel = new_kernel()
+    kernel.ok(KEEP + "x = 1")
+    before = pids(kernel)
+    kernel.ok("%unload_ext nbddp")
+    assert gone(before)
+    kernel.ok("%load_ext nbddp")
+    assert kernel.ok(KEEP + "x = 2\nprint(x)").lines == ["[rank 0] 2", "[rank 1] 2"]
 
 
 # What cells do.
@@ -476,20 +512,19 @@ def test_what_cannot_be_pickled_either_way(ranks: Kernel) -> None:
     assert pids(ranks) == before
 
 
-def test_large_results_and_names(new_kernel: Callable[..., Kernel]) -> None:
-    # More than fits into /dev/shm, which is what a container has by default.
-    free = psutil.disk_usage("/dev/shm").free
-    kernel = new_kernel()
-    kernel.ok("import torch\nsent = torch.arange(20_000_000)")
-    kernel.ok(KEEP + "import os\nassert int(sent[-1]) == 19_999_999\nbig = sent * 2")
+def test_names_and_results_larger_than_shared_memory(new_kernel: Callable[..., Kernel]) -> None:
+    kernel = new_kernel(command=in_mounts("mount -t tmpfs -o size=100m none /dev/shm"))
+    kernel.ok("import torch, shutil\nsent = torch.arange(15_000_000)")
+    kernel.ok(KEEP + "assert int(sent[-1]) == 14_999_999\nbig, small = sent * 2, torch.arange(2_000_000)")
     for _ in range(2):
-        kernel.ok("%ddp pull big --rank 1")
-        assert kernel.get("int(big[-1])") == 39_999_998
-        kernel.ok("%ddp push big")
-        kernel.ok("del big\nimport gc\ngc.collect()")
-    kernel.ok("%%ddp --keep\ndel sent, big")
-    # What a cell was sent is gone when it is over and nobody has it.
-    assert free - psutil.disk_usage("/dev/shm").free < 50_000_000
+        kernel.ok("%ddp pull big small --rank 1")
+        assert kernel.get("int(big[-1])") == 29_999_998
+        kernel.ok("%ddp push small")
+        kernel.ok("del big, small")
+    assert kernel.get("shutil.disk_usage('/dev/shm').used") > 15_000_000
+    # What a cell was sent is gone when nobody has it any more, without a collection.
+    kernel.ok("%%ddp --keep\ndel small")
+    assert kernel.get("shutil.disk_usage('/dev/shm').used") < 1_000_000
     kernel.ok("%ddp stop")
 
 
