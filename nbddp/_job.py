@@ -298,7 +298,8 @@ class Prepared:
         kept, session = self.kept, self.client.session
         if kept is not None and kept.run_dir is not None:
             self.run_dir = kept.run_dir
-            kept.prepare(script.cell, self._arguments(script), script.closure, self.job.options.on, self.job.push)
+            if not self.job.last:
+                kept.prepare(script.cell, self._arguments(script), script.closure, self.job.options.on, self.job.push)
             return
         self.run_dir = session.new_run()
         try:

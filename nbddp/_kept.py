@@ -6,7 +6,6 @@ watches it: it hears of deaths, takes what the ranks' threads print, and ends wh
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import os
 import threading
@@ -31,9 +30,6 @@ from nbddp._world import World
 
 # Seconds without a cell after which the ranks end.
 IDLE_SECONDS = 3600.0
-
-# Up to this many bytes a closure goes in the message itself; a larger one lies in a file.
-_EMBED_LIMIT = 1 << 15
 
 # Seconds that ranks have to make their process group anew.
 _REGROUP_SECONDS = 30.0
@@ -155,7 +151,9 @@ class Kept:
         on: Collection[int] | None,
         push: Collection[str],
     ) -> None:
-        """Put what is to be sent to the ranks in a message, or in a file.
+        """Put what is to be sent to the ranks in a file, and the message about it together.
+
+        What comes by a socket is never unpickled; see SECURITY.md.
 
         Args:
             cell: The cell.
@@ -170,21 +168,16 @@ class Kept:
         assert self.run_dir is not None
         assert self.devices is not None
         self._cells += 1
-        embedded = closure.nbytes <= _EMBED_LIMIT
-        if embedded:
-            data = base64.b85encode(b"".join(closure.chunks())).decode()
-        else:
-            try:
-                data = self.run_dir.store(f"closure.{self._cells}", closure.nbytes, closure.write)
-            except OSError as error:
-                what = f"write {format_size(closure.nbytes)} of what the cell uses"
-                raise cannot_write(what, self.run_dir.root, error) from error
+        try:
+            path = self.run_dir.store(f"closure.{self._cells}", closure.nbytes, closure.write)
+        except OSError as error:
+            what = f"write {format_size(closure.nbytes)} of what the cell uses"
+            raise cannot_write(what, self.run_dir.root, error) from error
         everyone = frozenset(range(self.devices.ranks))
         self._on = everyone if on is None else frozenset(on)
         self._request = {
             "push": list(push),
-            "embedded": embedded,
-            "closure": data,
+            "closure": path,
             "offset": len(self.definitions),
             "everywhere": self._on == everyone,
             "arguments": {

@@ -371,6 +371,14 @@ def test_only_files_are_unpickled() -> None:
                 found += [(path.name, f"as {n.asname}") for n in node.names if n.name in modules and n.asname]
     # _salvage reads what _snapshot reads, with Python's own unpickler in Python.
     assert sorted(found) == [("_snapshot.py", "pickle.loads"), ("_workers.py", "cloudpickle.loads")]
+    # What is loaded from memory and not from a file is a literal of the script; nothing else may do so.
+    from_memory = [
+        path.name
+        for path in PACKAGE.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and "load" in {name.name for name in node.names}
+    ]
+    assert from_memory == ["_rank.py"]
 
 
 def test_everything_is_private(kernel: Kernel) -> None:
