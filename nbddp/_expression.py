@@ -82,7 +82,7 @@ def read(
 def _command_meant(text: str, commands: Sequence[str]) -> str | None:
     """Return a hint if a text begins with what is almost a command."""
     first = re.match(r"\w+", text)
-    close = difflib.get_close_matches(first[0], commands, 1) if first is not None else []
+    close = difflib.get_close_matches(first[0], commands, 1, 0.7) if first is not None else []
     return f"Did you mean %ddp {close[0]}?" if close else None
 
 

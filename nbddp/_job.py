@@ -339,7 +339,8 @@ class Prepared:
         kept, session = self.kept, self.client.session
         if kept is not None and kept.run_dir is not None:
             self.run_dir = kept.run_dir
-            kept.prepare(script.cell, self._arguments(script), script.closure, self.job.options.on, self.job.push)
+            if not self.job.last:
+                kept.prepare(script.cell, self._arguments(script), script.closure, self.job.options.on, self.job.push)
             return
         self.run_dir = session.new_run()
         try:
@@ -540,6 +541,7 @@ class Prepared:
             known=self.job.known - set(self.job.names),
             sent=self.sent,
             launcher=self.client.last_words() if run.world.launcher_died else None,
+            holders=self.kept.holders() if self.kept is not None else {},
         )
         return error_of(ending, circumstances)
 

@@ -6,7 +6,6 @@ watches it: it hears of deaths, takes what the ranks' threads print, and ends wh
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import os
 import threading
@@ -31,9 +30,6 @@ from nbddp._world import World
 
 # Seconds without a cell after which the ranks end.
 IDLE_SECONDS = 3600.0
-
-# Up to this many bytes a closure goes in the message itself; a larger one lies in a file.
-_EMBED_LIMIT = 1 << 15
 
 # Seconds that ranks have to make their process group anew.
 _REGROUP_SECONDS = 30.0
@@ -155,7 +151,9 @@ class Kept:
         on: Collection[int] | None,
         push: Collection[str],
     ) -> None:
-        """Put what is to be sent to the ranks in a message, or in a file.
+        """Put what is to be sent to the ranks in a file, and the message about it together.
+
+        What comes by a socket is never unpickled; see SECURITY.md.
 
         Args:
             cell: The cell.
@@ -170,21 +168,16 @@ class Kept:
         assert self.run_dir is not None
         assert self.devices is not None
         self._cells += 1
-        embedded = closure.nbytes <= _EMBED_LIMIT
-        if embedded:
-            data = base64.b85encode(b"".join(closure.chunks())).decode()
-        else:
-            try:
-                data = self.run_dir.store(f"closure.{self._cells}", closure.nbytes, closure.write)
-            except OSError as error:
-                what = f"write {format_size(closure.nbytes)} of what the cell uses"
-                raise cannot_write(what, self.run_dir.root, error) from error
+        try:
+            path = self.run_dir.store(f"closure.{self._cells}", closure.nbytes, closure.write)
+        except OSError as error:
+            what = f"write {format_size(closure.nbytes)} of what the cell uses"
+            raise cannot_write(what, self.run_dir.root, error) from error
         everyone = frozenset(range(self.devices.ranks))
         self._on = everyone if on is None else frozenset(on)
         self._request = {
             "push": list(push),
-            "embedded": embedded,
-            "closure": data,
+            "closure": path,
             "offset": len(self.definitions),
             "everywhere": self._on == everyone,
             "arguments": {
@@ -322,11 +315,26 @@ class Kept:
         deadline = time.monotonic() + 1.0
         while not self.world.launcher_ended and time.monotonic() < deadline:
             self.world.loop.step(deadline)
-        gone = sorted(self.world.ranks.gone, key=lambda state: state.died or 0.0)
-        how = f"rank {gone[0].rank} {how_it_died(gone[0].exitcode)}" if gone else "the launcher of nbddp ended"
-        self.lost = f"{how} between two cells"
+        self.lost = f"{self._what_died()} between two cells"
         self._tell(f"nbddp: {self.lost}; the kept ranks are gone, and what they held with them")
+        self._close_for_good()
+
+    def _what_died(self) -> str:
+        """Return what has died first: with the launcher goes the agent, and with the agent go the ranks."""
+        assert self.world is not None
+        status = self.world.agent_status
+        if self.world.launcher_died:
+            return "nbddp's launcher ended"
+        if status is not None and status < 0:
+            return f"torchrun's agent {how_it_died(status)}"
+        first = min(self.world.ranks.gone, key=lambda state: state.died or 0.0)
+        return f"rank {first.rank} {how_it_died(first.exitcode)}"
+
+    def _close_for_good(self) -> None:
+        """End what is left of the ranks, and of their files; nobody else is there to do it."""
         self.close()
+        if self.run_dir is not None:
+            self.run_dir.remove()
 
     def _end_idle(self) -> None:
         """End the ranks as scripts end."""
@@ -337,7 +345,7 @@ class Kept:
             self.world.loop.step(deadline)
         done = all(state.ended for state in self.states.values())
         self.world.let_go(done=done, wait=True)
-        self.close()
+        self._close_for_good()
         self.lost = f"there was no cell for {self.idle:g} s (--idle)"
         self._tell(f"nbddp: the kept ranks have ended: {self.lost}")
 
@@ -459,10 +467,3 @@ def status(kept: Kept) -> list[str]:
         held = ", ".join(f"{name} ({kind})" for name, kind in sorted(state.held.items()) if kind != "module")
         lines.append(f"  rank {rank}  pid {state.pid}  {memory.get(rank, '')}  {held or 'holds nothing'}")
     return lines
-
-
-def whose_names(holders: Mapping[str, Collection[int]], name: str) -> str | None:
-    """Return a sentence on a name that only some ranks hold; None if it is none."""
-    if name not in holders:
-        return None
-    return f"Only {rank_list(sorted(holders[name]))} {'holds' if len(holders[name]) == 1 else 'hold'} {name!r}"

@@ -1,7 +1,8 @@
 """``%%ddp`` and ``%ddp``: what the notebook's user types, and nothing more.
 
 Only this module knows the notebook's shell. It reads the line, prepares the cell or the expression, hands both to
-`nbddp._job`, and puts what comes back into the notebook's namespace.
+`nbddp._job`, and puts what comes back into the notebook's namespace. What is typed to kept ranks alone is in
+`nbddp._kept_commands`.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from nbddp import (
 from nbddp._background import BackgroundRun, BackgroundScreen
 from nbddp._errors import LaunchError, NbddpError, RankError, ResultError
 from nbddp._function import client, refuse_in_rank
+from nbddp._kept_commands import KeptCommands
 from nbddp._options import HelpAsked, OptionError, Options, help_text, parse
 from nbddp._relay import DISPLAY_LIMIT, TEXT_LIMIT, View
 from nbddp._results import Wanted
@@ -147,12 +149,8 @@ class DDPMagics(Magics):
         try:
             if cell is None:
                 return self._line(line, scope)
-            # What the cell consists of is not to be sent to kept ranks once more.
-            auto, self._auto_options = self._auto_options, None
-            try:
+            with self.kept.not_again():
                 return self._cell(_expanded(line, scope), cell)
-            finally:
-                self._auto_options = auto
         except HelpAsked as asked:
             sys.stdout.write(str(asked))
         except RankError:
@@ -318,6 +316,7 @@ class DDPMagics(Magics):
         # By execution count: at which line a cell has failed; what its options were, with variables filled in.
         self._failed: dict[int, int] = {}
         self._expanded: dict[int, str] = {}
+        self.kept = KeptCommands(shell.user_ns, self._between_cells)
 
     def _line(self, line: str, scope: Mapping[str, Any]) -> Any:
         first = (line.split(maxsplit=1) or [""])[0]
@@ -339,13 +338,13 @@ class DDPMagics(Magics):
             case ["status"]:
                 sys.stdout.write(_status() + "\n")
             case ["push", *names]:
-                self._push(names)
+                self.kept.push(names)
             case ["pull", *asked]:
-                self._pull(asked)
+                self.kept.pull(asked)
             case ["stop"]:
-                self._stop()
+                self.kept.stop()
             case ["auto", *asked]:
-                self._auto(asked)
+                self.kept.auto(asked)
             case ["stacks"]:
                 sys.stdout.write(_stacks() + "\n")
             case ["results"]:
@@ -365,95 +364,26 @@ class DDPMagics(Magics):
                 )
         return None
 
-    # Kept ranks.
-
-    def _perform_kept(self, words: str, names: Mapping[str, Any], wanted: Wanted | None = None, **more: Any) -> None:
-        """Have the kept ranks do something between two cells, and take what comes back.
+    def _between_cells(self, **fields: Any) -> Mapping[str, Any]:
+        """Have the kept ranks do something that is no cell of the notebook's; return what comes back.
 
         Args:
-            words: What the user has typed, for messages.
-            names: What is sent.
-            wanted: What is to come back.
-            more: Fields of `Options`, and `push` or `last`.
+            fields: Fields of `nbddp._job.Job`; those that the notebook sets are filled in.
         """
-        if _kept.current() is None:
-            raise LaunchError(f"{words}: no ranks are kept. A cell with %%ddp --keep starts them")
-        shell = self.shell
         job = _job.Job(
-            cell=Cell("", f"<{words}>", 0),
-            names=names,
-            namespace=shell.user_ns,
-            options=Options(keep=True, on=more.get("on")),
-            wanted=wanted or Wanted(),
-            source_of=source_of(shell),
+            namespace=self.shell.user_ns,
+            source_of=source_of(self.shell),
             grace=self.grace,
             large=self.large,
-            place=words,
-            own=not more.get("last"),
-            view=View(plain=self.plain or _settings.plain(os.environ)),
-            push=more.get("push", ()),
             idle=self.idle,
-            last=more.get("last", False),
+            view=View(plain=self.plain or _settings.plain(os.environ)),
+            **fields,
         )
-        shell.user_ns.update(_job.perform(job, client, screen_of(shell)).results)
-
-    def _push(self, names: Sequence[str]) -> None:
-        space = self.shell.user_ns
-        if not names:
-            raise UsageError("%ddp push NAME ...: which of the notebook's variables are the kept ranks to get?")
-        if missing := [name for name in names if name not in space]:
-            raise UsageError(f"%ddp push: the notebook has no variable {', '.join(missing)}")
-        self._perform_kept(f"%ddp push {' '.join(names)}", {name: space[name] for name in names}, push=names)
-
-    def _pull(self, asked: Sequence[str]) -> None:
-        words = f"%ddp pull {' '.join(asked)}"
-        names, rank = _names_and_rank(asked)
-        if (kept := _kept.current()) is not None:
-            if rank not in kept.states:
-                raise UsageError(f"{words}: the kept ranks are {', '.join(map(str, kept.states))}")
-            held = kept.states[rank].held
-            if lacking := [name for name in names if name not in held and not name.startswith("_")]:
-                others = kept.holders().get(lacking[0], [])
-                hint = f"; --rank {others[0]} has it" if others else ""
-                there = ", ".join(sorted(held)) or "nothing"
-                raise LaunchError(f"{words}: rank {rank} holds no {', '.join(lacking)}{hint}. It holds {there}")
-        self._perform_kept(words, {}, Wanted(tuple(names), asked=words, first=rank), on=(rank,))
-
-    def _stop(self) -> None:
-        if _kept.current() is None:
-            sys.stdout.write("nbddp: no ranks are kept\n")
-            return
-        self._perform_kept("%ddp stop", {}, last=True)
-        sys.stdout.write("nbddp: the kept ranks have ended\n")
-
-    # The options of the cells that go to the kept ranks; None if they run in the notebook.
-    _auto_options: str | None = None
-
-    def _auto(self, asked: Sequence[str]) -> None:
-        match asked:
-            case ["off"]:
-                self._auto_options = None
-                sys.stdout.write("nbddp: cells run in the notebook again\n")
-            case ["on", *options]:
-                line = shlex.join(["--keep", *options])
-                try:
-                    parse(line)
-                except OptionError as error:
-                    raise UsageError(f"%ddp auto on: {error}") from None
-                if not options and _kept.current() is None:
-                    raise UsageError("%ddp auto on: no ranks are kept; say how many, as in %ddp auto on --gpus 2")
-                self._auto_options = line
-                sys.stdout.write("nbddp: from now on cells run on the kept ranks, until %ddp auto off\n")
-            case _:
-                raise UsageError("%ddp auto on [OPTIONS] or %ddp auto off")
-
-    def send_to_ranks(self, lines: list[str]) -> list[str]:
-        """Make a ``%%ddp --keep`` cell of a cell, while ``%ddp auto`` is on; what is a magic's stays its own."""
-        text = "".join(lines).lstrip()
-        magic = text.startswith(("%%", "?", "!")) or any(line.startswith("%ddp") for line in lines)
-        if self._auto_options is None or not text or magic:
-            return lines
-        return [f"%%ddp {self._auto_options} --auto\n", *lines]
+        try:
+            return _job.perform(job, client, screen_of(self.shell)).results
+        except ResultError as error:
+            self._left_over = error.results
+            raise
 
     def _export(self, words: Sequence[str]) -> None:
         """Write a cell of this session as a script."""
@@ -517,20 +447,6 @@ class DDPMagics(Magics):
         line, cell = self._last_cell
         job = self._job_of_cell(line, cell, parse(line, self.defaults))
         return [f"%%ddp {line}".rstrip(), *_closure.explain(job.names, job.namespace, job.lines)]
-
-
-class _Pull(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"%ddp pull: {message}. %ddp pull NAME ... [--rank K]")
-
-
-def _names_and_rank(asked: Sequence[str]) -> tuple[list[str], int]:
-    """Return the names behind ``%ddp pull``, and the rank that they are to come from."""
-    parser = _Pull(add_help=False, allow_abbrev=False)
-    parser.add_argument("names", nargs="+")
-    parser.add_argument("--rank", type=int, default=0)
-    given = parser.parse_args(list(asked))
-    return [name for word in given.names for name in word.split(",") if name], given.rank
 
 
 def _status() -> str:
@@ -677,7 +593,7 @@ def load(shell: Any) -> None:
     shell.register_magics(magics)
     shell.events.register("post_run_cell", magics.note_failure)
     shell.input_transformers_cleanup.insert(0, _keep_empty_body)
-    shell.input_transformers_cleanup.append(magics.send_to_ranks)
+    shell.input_transformers_cleanup.append(magics.kept.send_to_ranks)
 
     def own_names() -> list[str]:
         return [name for name in shell.user_ns if name not in shell.user_ns_hidden and not name.startswith("_")]
@@ -699,10 +615,11 @@ def unload(shell: Any) -> None:
     if magics is not None and magics in shell.configurables:
         shell.configurables.remove(magics)
     transformers = shell.input_transformers_cleanup
-    for ours in (_keep_empty_body, getattr(magics, "send_to_ranks", None)):
-        with contextlib.suppress(ValueError):
-            transformers.remove(ours)
+    with contextlib.suppress(ValueError):
+        transformers.remove(_keep_empty_body)
     if magics is not None:
+        with contextlib.suppress(ValueError):
+            transformers.remove(magics.kept.send_to_ranks)
         with contextlib.suppress(ValueError):
             shell.events.unregister("post_run_cell", magics.note_failure)
     _background.end_all()

@@ -202,12 +202,13 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
             typing.NewType: self._reduce_new_type,
         }
         self._keep: list[Any] = []
+        self._forget: Callable[[], None] = lambda: None
         self._families = [*_reducers.families(), *_torch_objects.families()]
         # Present but half imported, in another thread, is as good as absent: nothing can have made a tensor yet.
         torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
         if torch is not None and hasattr(torch, "UntypedStorage"):
             storages = _tensors.StorageReducers(torch)
-            self._keep = storages.keep
+            self._keep, self._forget = storages.keep, storages.forget
             self._families.append((torch.Tensor, _tensors.reduce_tensor))
             self._reducers.update(storages.table())
             wrapper = getattr(sys.modules.get("torch.nn.parallel"), "DistributedDataParallel", None)
@@ -227,7 +228,13 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
             CannotSend: One of them holds what stays with its process.
             Exception: Whatever the objects' own methods raise, most often TypeError or PicklingError.
         """
-        self.dump(_Names(self, names))
+        try:
+            self.dump(_Names(self, names))
+        finally:
+            # It holds all that was pickled, and this object is part of a cycle: in a kept rank, or a notebook, what is
+            # deleted would stay until the garbage collector comes.
+            self.clear_memo()
+            self._forget()
         ends = [at for _, at in self._begun[1:]] + [self._position()] * bool(self._begun)
         sizes = {name: end - at for (name, at), end in zip(self._begun, ends, strict=True)}
         return Snapshot(self._stream, self._buffers, self.met, self._sources, self._unwrapped, self._keep, sizes)

@@ -35,6 +35,7 @@ class Circumstances:
         sent: The objects that went to the ranks.
         gate: Tells of interrupts.
         launcher: What the launcher said last, if it ended before the run did.
+        holders: For each name that some of the kept ranks hold, and not all, those that do.
     """
 
     run_dir: RunDir
@@ -47,6 +48,7 @@ class Circumstances:
     known: Iterable[str] = ()
     sent: Sequence[Any] = ()
     launcher: str | None = None
+    holders: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
 
 def error_of(ending: Ending, run: Circumstances) -> BaseException:
@@ -197,6 +199,9 @@ def _story_of_exception(name: str, ending: Ending, first: RankState, run: Circum
             f"The notebook has a variable {outcome['missing']!r}, but the cell does not name it in a way that nbddp "
             "can see; mention it in the cell"
         )
+    if (holders := run.holders.get(outcome.get("missing") or "")) is not None:
+        have = "holds" if len(holders) == 1 else "hold"
+        story.notes.append(f"Only {rank_list(holders)} {have} {outcome['missing']!r}; a cell has bound it there alone")
     explained = _limits.explanation_of_error(outcome["message"], "\n".join(outcome["lines"]))
     finished = [s.rank for _, s in sorted(ending.ranks.items()) if (s.outcome or {}).get("outcome") == "done"]
     if first.is_consequence and first.world > run.launch.ranks:

@@ -70,6 +70,8 @@ def write(
         path = run_dir.store(f"results.{rank}", snapshot.nbytes, snapshot.write)
     except Exception as error:
         return report | {"bad_results": bad | dict.fromkeys(there, f"cannot bring back {', '.join(there)}: {error}")}
+    finally:
+        snapshot.release()
     return report | {"results": path}
 
 

@@ -5,7 +5,6 @@ What the rank holds wins: a name that comes with a cell is bound only where the 
 
 from __future__ import annotations
 
-import base64
 import types
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +13,7 @@ from nbddp import _group, _interrupts, _plots
 from nbddp._names import GIVEN_NAMES
 from nbddp._outcome import INTERRUPTED, outcome_of, show_sources
 from nbddp._paths import RunDir
-from nbddp._pickling import Target, load, load_file
+from nbddp._pickling import Target, load_file
 from nbddp._uplink import Uplink
 
 
@@ -76,10 +75,7 @@ class Kept:
         target = Target(self.namespace, self.namespace, sender_has=self._received, device=self._device)
         before = {name: value for name, value in self.namespace.items() if name not in request["push"]}
         try:
-            if request["embedded"]:
-                load(memoryview(bytearray(base64.b85decode(request["closure"]))), target)
-            else:
-                load_file(request["closure"], target)
+            load_file(request["closure"], target)
         except BaseException as error:
             return outcome_of(error, ()) | ({"loading": target.reading} if target.reading else {})
         finally:

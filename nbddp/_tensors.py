@@ -36,6 +36,10 @@ class StorageReducers:
             torch.iinfo: _reduce_type_info,
         }
 
+    def forget(self) -> None:
+        """Let go of the memory that is known, once all is pickled; what `keep` holds stays."""
+        self._known.clear()
+
     def _reduce_typed(self, storage: Any) -> Any:
         return _make_typed_storage, (self._one(storage._untyped_storage), storage.dtype)
 

@@ -118,7 +118,8 @@ def _place_of(state: RankState, run_dir: RunDir, sources: Sources) -> str:
         return in_short(state)
     text = _stack_text(state, run_dir)
     frames = _frames(text)
-    if not (text or state.ended) or (not text and state.interrupted):
+    # One that nbddp has ended since was asked before.
+    if not text and (not state.ended or state.interrupted or state.stopped):
         return "no answer: it is stopped, or the machine is very busy"
     if not state.in_cell:
         stage = next((_STAGES[f.function] for f in frames if f.function in _STAGES and _is_own(f.file)), "")

@@ -121,7 +121,11 @@ def test_in_a_notebook(kernel: Kernel) -> None:
         ("nbddp.launch(print, cpus=1, timeout='5')", "OptionError", "--timeout '5': a number of seconds above 0"),
         ("nbddp.launch(print, cpus=1, out='x')", "OptionError", "out: that is for cells; launch returns what the fun"),
         ("nbddp.launch(print, options={'cpus': 1})", "OptionError", "that is no nbddp.RunOptions, as in RunOptions("),
-        ("nbddp.launch(print, options=nbddp.RunOptions(cpus=1, out=['x']))", "OptionError", "out, gather and bg are for"),
+        (
+            "nbddp.launch(print, options=nbddp.RunOptions(cpus=1, out=['x']))",
+            "OptionError",
+            "out, gather and bg are for",
+        ),
         ("nbddp.RunOptions(cpus=1, gpus=1)", "OptionError", "give one of them"),
         (
             "nbddp.launch(again, cpus=1)",
@@ -195,7 +199,7 @@ def test_the_keywords_are_the_fields_of_the_options() -> None:
     assert all(shown[name].default == getattr(RunOptions(), name) for name in OptionKeywords.__annotations__)
     # The magic's options are the same.
     assert {name.removeprefix("--").replace("-", "_") for name in option_names()} == (
-        fields - {"init"} | {"no_init", "help"}
+        fields - {"init", "auto"} | {"no_init", "help"}
     )
 
 

@@ -370,7 +370,17 @@ def test_only_files_are_unpickled() -> None:
             if isinstance(node, ast.Import):
                 found += [(path.name, f"as {n.asname}") for n in node.names if n.name in modules and n.asname]
     # _salvage reads what _snapshot reads, with Python's own unpickler in Python.
-    assert sorted(found) == [("_snapshot.py", "pickle.loads"), ("_workers.py", "cloudpickle.loads")]
+    # _values looks whether what it has just written itself can be read as plain data.
+    expected = [("_snapshot.py", "pickle.loads"), ("_values.py", "torch.load"), ("_workers.py", "cloudpickle.loads")]
+    assert sorted(found) == expected
+    # What is loaded from memory and not from a file is a literal of the script, or what _salvage has read.
+    from_memory = [
+        path.name
+        for path in PACKAGE.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and "load" in {name.name for name in node.names}
+    ]
+    assert sorted(from_memory) == ["_rank.py", "_salvage.py"]
 
 
 def test_everything_is_private(kernel: Kernel) -> None:
