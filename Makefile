@@ -6,7 +6,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
 # The tests of what differs from one IPython and ipykernel to the next.
-SHELL_TESTS = $(patsubst %,tests/test_%.py,cell errors frontends interrupt launch lifecycle options output panel rank results script stacks)
+SHELL_TESTS = $(patsubst %,tests/test_%.py,cell completion config errors expression frontends output)
 
 .PHONY: demo test long check browser bench notebooks clean
 
@@ -19,7 +19,7 @@ test: .venv/test .venv/oldest/made check browser
 	# What IPython has a part in, once more on the oldest; its warnings are of its own time.
 	.venv/oldest/bin/python -m pytest -p no:nbval -W default -m "not slow" $(SHELL_TESTS)
 
-# A thousand cells in one kernel, which takes some minutes; `make test` has three hundred.
+# A thousand cells in one kernel, which takes some minutes; `make test` has two hundred.
 long: .venv/test
 	NBDDP_CELLS=1000 .venv/bin/python -m pytest tests/test_endurance.py
 

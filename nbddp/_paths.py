@@ -29,6 +29,9 @@ _LOCK = "lock"
 # Seconds after which a session directory without its lock file is a ruin, not one being made.
 _HALF_MADE = 3600
 
+# How often the deletion of a directory is tried, and seconds in between.
+_REMOVE_TIMES, _REMOVE_SECONDS = 10, 0.02
+
 # What is left free in memory-backed storage: a container whose /dev/shm is full to the last page breaks DataLoader.
 _SHM_RESERVE = 64 << 20
 
@@ -295,8 +298,15 @@ def _lock(directory: str) -> int:
 
 def remove_session(root: str) -> None:
     """Delete a session's directory and its twin in memory."""
-    shutil.rmtree(root, ignore_errors=True)
-    shutil.rmtree(os.path.join(_SHM, os.path.basename(root)), ignore_errors=True)
+    folders = [root, os.path.join(_SHM, os.path.basename(root))]
+    for _ in range(_REMOVE_TIMES):
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        folders = list(filter(os.path.exists, folders))
+        if not folders:
+            return
+        # A process that is just ending has put something there meanwhile.
+        time.sleep(_REMOVE_SECONDS)
 
 
 def sweep() -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 
 from tests.kernel import Kernel
 
-CELLS = int(os.environ.get("NBDDP_CELLS", "300"))  # `make long` has a thousand
+CELLS = int(os.environ.get("NBDDP_CELLS", "200"))  # `make long` has a thousand
 
 # What is loaded at first use, by nbddp, IPython and torch, is loaded by then: each kind of cell has run twice. (IPython
 # keeps its history in memory, and the kernel's modules grow until the first traceback and the first display.)
