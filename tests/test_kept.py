@@ -618,7 +618,7 @@ def test_cell_after_cell_leaves_nothing(new_kernel: Callable[..., Kernel]) -> No
     for n in range(10):
         cell(n)
     before, memory = what_there_is(), [p.memory_full_info().uss for p in there]
-    for n in range(10, CELLS // 6):
+    for n in range(10, CELLS // 5):
         cell(n)
     assert what_there_is() == before
     for p, was in zip(there, memory, strict=True):
