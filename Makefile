@@ -21,7 +21,7 @@ test: .venv/test .venv/oldest/made check browser
 
 # A thousand cells in one kernel, which takes some minutes; `make test` has two hundred.
 long: .venv/test
-	NBDDP_CELLS=1000 .venv/bin/python -m pytest tests/test_endurance.py
+	NBDDP_CELLS=1000 .venv/bin/python -m pytest -k cell_after_cell tests/test_endurance.py tests/test_kept.py
 
 check: .venv/test
 	.venv/bin/ruff check .
