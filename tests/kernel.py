@@ -306,8 +306,12 @@ class Kernel:
         while self.alive() and time.monotonic() < deadline:
             time.sleep(0.02)
 
+    def shut_down(self) -> None:
+        """Shut the kernel down as a server does; what it has shown until then can still be taken note of."""
+        self._manager.shutdown_kernel()
+
     def close(self) -> None:
-        """Shut the kernel down as a server does."""
+        """Shut the kernel down as a server does, and give up its messages."""
         with contextlib.suppress(Exception):
             self.client.stop_channels()
         with contextlib.suppress(Exception):
