@@ -54,8 +54,8 @@ class BackgroundRun:
         self._error: BaseException | None = None
         self._began = time.monotonic()
         self._thread = threading.Thread(target=self._follow, name=f"nbddp-{name}", daemon=True)
-        # They would pile up otherwise; the session's end takes what is left.
-        weakref.finalize(self, shutil.rmtree, prepared.logs, ignore_errors=True)
+        # They would pile up otherwise; the session's end takes what is left, and not that of a child that was forked.
+        weakref.finalize(self, shutil.rmtree, prepared.logs, ignore_errors=True).atexit = False
 
     def start(self) -> None:
         """Begin. Raises LaunchError if no thread can be started."""

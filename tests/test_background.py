@@ -299,9 +299,15 @@ def test_a_flood_does_not_hold_up_other_cells(kernel: Kernel) -> None:
 def test_a_forked_child_leaves_it_alone(kernel: Kernel) -> None:
     asleep(kernel, "train", ranks=1)
     kernel.ok(
-        "import atexit, os\n"
-        "if not (pid := os.fork()):\n"
-        "    try:\n        atexit._run_exitfuncs()\n    finally:\n        os._exit(0)\n"
+        "import os, weakref\n"
+        "from nbddp import _background, _function\n"
+        "if not (pid := os.fork()):\n"  # what nbddp does at an exit; ipykernel's own part hangs in a child
+        "    try:\n"
+        "        _background._end_with_kernel()\n"
+        "        weakref.finalize._exitfunc()\n"
+        "        _function.client.close()\n"
+        "    finally:\n"
+        "        os._exit(0)\n"
         "print(os.waitpid(pid, 0)[1])"
     )
     assert kernel.get("train.status") == "running"
