@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 import sys
+import tempfile
 import threading
 import time
 import weakref
@@ -16,15 +17,20 @@ from typing import Any
 
 from nbddp import _job, _limits
 from nbddp._devices import gpus_of
-from nbddp._errors import LaunchError
-from nbddp._screen import CellScreen, MimeBundle, Screen
+from nbddp._errors import LaunchError, NbddpError, RankError
+from nbddp._screen import CellScreen, MimeBundle, NotebookScreen, screen_of
 from nbddp._stop import InterruptGate
 
-# Seconds that runs have to end when the kernel does; a Jupyter server kills a kernel that takes five.
-_SHUTDOWN_SECONDS = 2.5
+# Seconds that runs have when the kernel ends, to end by themselves and then to be killed: 2.5 after it has asked, a
+# Jupyter server sends SIGTERM, and no log is saved any more.
+_SHUTDOWN_SECONDS = 1.2
+_KILL_SECONDS = 0.5
 
 # Where the logs of runs go that the end of the kernel has ended.
 _LOGS = "nbddp-logs"
+
+# Cells in which a handle is displayed and goes on being updated, beside the run's own.
+_MIRRORS = 8
 
 
 class BackgroundRun:
@@ -41,20 +47,22 @@ class BackgroundRun:
         self._gate = InterruptGate()
         self._lock = threading.Lock()
         self._done = threading.Event()
-        self._open = False
+        self._open = self._pressed = self._ended_with_kernel = False
+        self._logs = prepared.logs
+        self._pid = os.getpid()
         self._finished: _job.Finished | None = None
         self._error: BaseException | None = None
         self._began = time.monotonic()
         self._thread = threading.Thread(target=self._follow, name=f"nbddp-{name}", daemon=True)
-        # They would pile up otherwise; the session's end takes what is left.
-        weakref.finalize(self, shutil.rmtree, prepared.logs, ignore_errors=True)
+        # They would pile up otherwise; the session's end takes what is left, and not that of a child that was forked.
+        weakref.finalize(self, shutil.rmtree, prepared.logs, ignore_errors=True).atexit = False
 
     def start(self) -> None:
         """Begin. Raises LaunchError if no thread can be started."""
         running[self.name] = self
         # Anew, so that it comes before the end of the session, whose logs it saves.
-        atexit.unregister(end_all)
-        atexit.register(end_all)
+        atexit.unregister(_end_with_kernel)
+        atexit.register(_end_with_kernel)
         try:
             self._thread.start()
         except RuntimeError as error:
@@ -134,7 +142,7 @@ class BackgroundRun:
                 f"{self.name}.log({rank}): it has {'rank 0' if ranks == 1 else f'ranks 0 to {ranks - 1}'}"
             )
         try:
-            text = Path(self._prepared.logs, f"rank{rank}.log").read_text(errors="replace")
+            text = Path(self._logs, f"rank{rank}.log").read_text(errors="replace")
         except FileNotFoundError:  # it has not begun
             return ""
         return text if tail is None else "".join(text.splitlines(keepends=True)[-tail:])
@@ -143,7 +151,7 @@ class BackgroundRun:
         return f"<{self.name}: {self._headline()}>"
 
     def _ipython_display_(self) -> None:
-        if not self._screen.mirror():
+        if not self._screen.mirror(repr(self)):
             sys.stdout.write(f"{self!r}\n")
 
     def _headline(self) -> str:
@@ -151,13 +159,15 @@ class BackgroundRun:
         count = "1 rank" if ranks == 1 else f"{ranks} ranks"
         if self.status == "running":
             return f"{count}, running for {time.monotonic() - self._began:.0f} s"
-        error = f": {type(self._error).__name__}: {str(self._error).splitlines()[0]}" if self.status == "failed" else ""
+        error = f": {_in_short(self._error)}" if self._error is not None and self.status == "failed" else ""
         return f"{count}, {self.status}{error}"
 
     # The thread.
 
     def _press(self) -> None:
         with self._lock:
+            # Of one that is about to begin, it must not be lost.
+            self._pressed = True
             if self._open:
                 self._gate.press()
 
@@ -166,10 +176,14 @@ class BackgroundRun:
             with self._gate:
                 with self._lock:
                     self._open = True
+                    if self._pressed:
+                        self._gate.press()
                 try:
                     self._finished = self._prepared.run(self._gate)
+                    self._show_value()
                 except BaseException as error:
-                    self._error = error
+                    # Without the frames, which hold the run and its data.
+                    self._error = error.with_traceback(None) if isinstance(error, _EXPECTED) else error
                 finally:
                     with self._lock:
                         self._open = False
@@ -177,7 +191,15 @@ class BackgroundRun:
             running.pop(self.name, None)
             self._done.set()
             with contextlib.suppress(Exception):  # the front end may be gone
-                self._tell()
+                if not self._ended_with_kernel:
+                    self._tell()
+                self._screen.settle(repr(self))
+
+    def _show_value(self) -> None:
+        """Show the value of the cell's last expression, which no prompt waits for."""
+        if self._finished is not None and self._finished.value is not None:
+            with contextlib.suppress(Exception):
+                self._screen.publish(*self._finished.value, {}, False)
 
     def _tell(self) -> None:
         """Say in the cell's own output how it has ended."""
@@ -188,44 +210,85 @@ class BackgroundRun:
             line += f"; {self.name}.results has {', '.join(self.results)}"
         self._screen.write(line + "\n")
 
-    def _save_logs(self) -> str | None:
-        """Copy the logs to where they outlive the session; return where."""
+    def _save_logs(self) -> str:
+        """Move the logs to where they outlive the session; return a line that says where."""
         number = 1
-        while os.path.exists(target := os.path.join(_LOGS, f"{self.name}-{number}")):
+        while os.path.exists(target := os.path.abspath(os.path.join(_LOGS, f"{self.name}-{number}"))):
             number += 1
-        try:
-            shutil.copytree(self._prepared.logs, target)
-        except OSError:
-            return None
-        return target
+        for elsewhere in (False, True):
+            try:
+                if elsewhere:  # the notebook's folder cannot be written
+                    target = os.path.join(tempfile.mkdtemp(prefix="nbddp-logs-"), f"{self.name}-{number}")
+                # If that is a renaming, what ranks print still goes along.
+                self._logs = shutil.move(self._logs, target)
+            except OSError as error:
+                reason = error
+            else:
+                return f"its logs are in {os.path.relpath(target) if not elsewhere else target}"
+        return f"its logs could not be saved: {reason}"
+
+    def end_with(self, what: str) -> str:
+        """Save the logs of a run that ends with the kernel or the extension, and say so in its cell.
+
+        Returns:
+            What could not be said there.
+        """
+        line = f"nbddp: {self.name} ended with {what}; {self._save_logs()}\n"
+        with contextlib.suppress(Exception):  # the front end may be gone
+            self._screen.write(line)
+        return "" if self._screen.has_cell else line
 
 
 class BackgroundScreen:
     """The output of the cell that started a run, and further places where its panel is shown.
 
     Args:
-        screen: The output of that cell; None where there are no cells.
         shell: The notebook's shell.
     """
 
-    def __init__(self, screen: Screen | None, shell: Any) -> None:
-        self._screen = screen
+    def __init__(self, shell: Any) -> None:
         self._shell = shell
-        self.in_place = screen is not None
+        # None where the cell's output is captured; and in a terminal, where the line stands that the user is typing.
+        self._screen = CellScreen(shell) if _in_cell(shell) else None
+        # Also where it is not shown: the handle shows it when it is displayed.
+        self.in_place = True
+        self._lock = threading.Lock()
         self._mirrors: list[CellScreen] = []
         self._shown: MimeBundle | None = None
-        self._panel_of: object = None
 
-    def mirror(self) -> bool:
-        """Show the panel in the cell that runs now, too; tell whether there is anything to show there."""
-        if self._screen is None or self._shown is None:
-            return False
-        here = CellScreen(self._shell)
-        if isinstance(self._screen, CellScreen) and here.is_cell_of(self._screen):
-            return True
-        here.panel(self._shown)
-        self._mirrors.append(here)
+    @property
+    def has_cell(self) -> bool:
+        """Whether what is shown is shown anywhere by itself."""
+        return self._screen is not None
+
+    def mirror(self, otherwise: str) -> bool:
+        """Show the panel in the cell that runs now, too, and from now on.
+
+        Args:
+            otherwise: What is shown until there is a panel.
+
+        Returns:
+            Whether something was shown, or is there already.
+        """
+        with self._lock:
+            if not _in_cell(self._shell):
+                if self._shown is not None:
+                    sys.stdout.write(f"{self._shown.get('text/plain', otherwise)}\n")
+                return self._shown is not None
+            here = CellScreen(self._shell)
+            if isinstance(self._screen, CellScreen) and here.is_cell_of(self._screen):
+                return self._shown is not None
+            here.panel(self._shown or {"text/plain": otherwise})
+            others = [mirror for mirror in self._mirrors if not here.is_cell_of(mirror)]
+            self._mirrors = [*others, here][-_MIRRORS:]
         return True
+
+    def settle(self, otherwise: str) -> None:
+        """See that where the handle is displayed it is not said to run any more; of a quick run there was no panel."""
+        with self._lock:
+            for mirror in self._mirrors if self._shown is None else ():
+                mirror.panel({"text/plain": otherwise})
+            self._mirrors = []
 
     def write(self, text: str) -> None:
         """Show complete lines of text."""
@@ -239,11 +302,10 @@ class BackgroundScreen:
 
     def panel(self, data: MimeBundle) -> None:
         """Show a mime bundle in the place of the last one that came this way."""
-        self._shown = data
-        if self._screen is not None:
-            self._screen.panel(data)
-        for mirror in self._mirrors:
-            mirror.panel(data)
+        with self._lock:
+            self._shown = data
+            for screen in (*filter(None, (self._screen,)), *self._mirrors):
+                screen.panel(data)
 
     def clear(self, *, wait: bool) -> None:
         """Take away all but the panel; with `wait`, when something else is shown."""
@@ -253,6 +315,12 @@ class BackgroundScreen:
     def room(self) -> int:
         """Return how many bytes of text can be shown now without some being lost."""
         return self._screen.room() if self._screen is not None else sys.maxsize
+
+
+def _in_cell(shell: Any) -> bool:
+    """Tell whether what is shown now goes to a cell, and can be updated there."""
+    screen = screen_of(shell)
+    return isinstance(screen, NotebookScreen) and screen.in_place
 
 
 # What runs, by name.
@@ -284,14 +352,44 @@ def gpus_in_use() -> dict[str, str]:
     return {gpu: f"{run.name} ({run.name}.stop() ends it)" for run in list(running.values()) for gpu in run.gpus}
 
 
-def end_all() -> None:
-    """Stop all runs; what they have printed is saved beside the notebook. For the end of the kernel."""
-    ending = list(running.values())
+def end_all(what: str = "the kernel") -> str:
+    """Stop all runs; what they have printed is saved beside the notebook.
+
+    Args:
+        what: With what they end.
+
+    Returns:
+        What the user is to know, and no cell says: a line for each run.
+    """
+    # A child that the kernel has forked leaves its parent's runs alone.
+    ending = [run for run in running.values() if run._pid == os.getpid()]
     for run in ending:
-        run._press()
-    deadline = time.monotonic() + _SHUTDOWN_SECONDS
-    for run in ending:
-        run._done.wait(max(0.0, deadline - time.monotonic()))
-        where = run._save_logs()
-        if sys.__stderr__ is not None and where is not None:
-            sys.__stderr__.write(f"nbddp: {run.name} ended with the kernel; its logs are in {where}\n")
+        run._ended_with_kernel = True
+    for seconds in (_SHUTDOWN_SECONDS, _KILL_SECONDS):
+        deadline = time.monotonic() + seconds
+        for run in ending:
+            if not run._done.is_set():
+                run._press()  # the second time, its ranks are killed
+        for run in ending:
+            run._done.wait(max(0.0, deadline - time.monotonic()))
+    return "".join([run.end_with(what) for run in ending])
+
+
+def _end_with_kernel() -> None:
+    if (lines := end_all()) and sys.__stderr__ is not None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.__stderr__.write(lines)
+
+
+# What ends a run and is no fault of nbddp's.
+_EXPECTED = (NbddpError, KeyboardInterrupt, RankError)
+
+
+def _in_short(error: BaseException) -> str:
+    """Return an exception's type, and the first line of its message if it has one."""
+    try:
+        message = str(error).strip().partition("\n")[0]
+    except Exception:  # it is the user's
+        message = ""
+    name = type(error).__name__
+    return f"{name}: {message}" if message else name

@@ -84,7 +84,7 @@ def choose(
     seen = _seen(there, env)
     if options.share or not any(gpu in in_use for gpu in seen[:number]):
         return Devices(number, gpus=True)
-    free = [gpu for gpu in seen if gpu and gpu not in in_use]
+    free = [gpu for gpu in seen[:there] if gpu and gpu not in in_use]
     if len(free) < number:
         asked = f"--gpus {wanted}" if wanted is not None else "all GPUs"
         others = f", and {len(free)} more {'is' if len(free) == 1 else 'are'} free" if free else ""

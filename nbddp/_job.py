@@ -78,7 +78,7 @@ class Job:
         push: Names that kept ranks get also where they have their own.
         idle: Seconds without a cell after which kept ranks end; 0 for never.
         last: Whether kept ranks are to end, in place of a cell.
-        background: Whether other cells may run meanwhile: its logs are then not the last run's.
+        background: The name of a run during which other cells run, whose logs are not the last run's; else empty.
         in_use: Returns the GPUs that other runs use; see `nbddp._devices.choose`.
     """
 
@@ -99,7 +99,7 @@ class Job:
     push: Sequence[str] = ()
     idle: float = _kept.IDLE_SECONDS
     last: bool = False
-    background: bool = False
+    background: str = ""
     in_use: Callable[[], Mapping[str, str]] = dict
 
 
@@ -472,7 +472,7 @@ class Prepared:
             wait_until_gone=self.devices.gpus or self.job.last or world.launch.nnodes > 1,
         )
         oom_kills = _process.oom_kills()
-        under_way = UnderWay(run, self.run_dir, self._sources())
+        under_way = UnderWay(run, self.run_dir, self._sources(), self.job.background)
         running.append(under_way)
         try:
             ending = run.wait()

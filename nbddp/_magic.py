@@ -48,7 +48,7 @@ from nbddp._kept_commands import KeptCommands
 from nbddp._options import HelpAsked, OptionError, Options, help_text, parse
 from nbddp._relay import DISPLAY_LIMIT, TEXT_LIMIT, View
 from nbddp._results import Wanted
-from nbddp._screen import of_this_cell, screen_of
+from nbddp._screen import screen_of
 from nbddp._script import Cell
 from nbddp._stop import GRACE_SECONDS
 
@@ -180,16 +180,13 @@ class DDPMagics(Magics):
         return CellValue(*finished.value) if finished.value is not None else None
 
     def _begin(self, job: _job.Job, asked: str) -> BackgroundRun | None:
-        """Start a run in the background; return its handle, unless it was given a name."""
+        """Start a run in the background, and bind its handle; return it if its user cannot know the name."""
         name = _background.name_for(asked, self.shell.user_ns)
-        here = screen_of(self.shell)
-        screen = BackgroundScreen(of_this_cell(here) if here.in_place and here is not None else None, self.shell)
-        run = BackgroundRun(name, _job.prepare_alone(replace(job, background=True), client, screen), screen)
+        screen = BackgroundScreen(self.shell)
+        run = BackgroundRun(name, _job.prepare_alone(replace(job, background=name), client, screen), screen)
         run.start()
-        if not asked:
-            return run
         self.shell.user_ns[name] = run
-        return None
+        return run if not asked else None
 
     def _perform(self, job: _job.Job) -> _job.Finished:
         self._left_over = {}
@@ -451,25 +448,28 @@ class DDPMagics(Magics):
 
 def _status() -> str:
     """Return what is known of the runs that are under way, and of the ranks that are kept."""
-    panels = [one.run.panel for one in _running.running]
+    under_way = list(_running.running)
     kept = _kept.current()
-    if not panels:
-        return "\n".join(_kept.status(kept)) if kept is not None else _NOTHING
-    for panel in panels:
-        panel.look()
+    held = "\n".join(_kept.status(kept)) if kept is not None else _NOTHING
+    if not under_way:
+        return held
+    for one in under_way:
+        one.run.panel.look()
     # The answers come to the thread of the run.
     time.sleep(_ANSWER_SECONDS)
-    return "\n".join(panel.text() for panel in panels)
+    text = "\n".join(one.heading() + one.run.panel.text() for one in under_way)
+    return f"{text}\n{held}" if kept is not None and all(one.name for one in under_way) else text
 
 
 def _stacks() -> str:
     """Return where the ranks are of the runs that are under way."""
-    lines = [line for one in list(_running.running) for line in one.stacks() or ["nbddp: no rank has started yet"]]
-    return "\n".join(lines) or _NOTHING
+    under_way = list(_running.running)
+    return "\n".join(one.heading() + "\n".join(one.stacks() or [_NONE_YET]) for one in under_way) or _NOTHING
 
 
 _ANSWER_SECONDS = 0.2
 _NOTHING = "nbddp: nothing is running"
+_NONE_YET = "nbddp: no rank has started yet"
 
 
 def _examine() -> None:
@@ -622,7 +622,7 @@ def unload(shell: Any) -> None:
             transformers.remove(magics.kept.send_to_ranks)
         with contextlib.suppress(ValueError):
             shell.events.unregister("post_run_cell", magics.note_failure)
-    _background.end_all()
+    sys.stdout.write(_background.end_all("nbddp"))
     _kept.drop()
     # IPython has no call that takes a hook away again.
     dispatcher = shell.strdispatchers["complete_command"]

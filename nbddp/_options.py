@@ -6,6 +6,7 @@ import argparse
 import difflib
 import functools
 import itertools
+import keyword
 import operator
 import os
 import re
@@ -194,7 +195,7 @@ class RunOptions:
         if self.idle is not None and not 0 <= self.idle < float("inf"):
             raise OptionError(f"--idle {self.idle:g}: a number of seconds; 0 keeps the ranks until %ddp stop")
         if self.bg is not None:
-            if self.bg and not self.bg.isidentifier():
+            if self.bg and (not self.bg.isidentifier() or keyword.iskeyword(self.bg)):
                 raise OptionError(f"--bg {self.bg}: that is no name; the run's handle gets it, as in --bg train")
             if self.keep:
                 raise OptionError("--bg and --keep do not go together: kept ranks run one cell after another")
@@ -235,6 +236,7 @@ examples:
   %%ddp --gpu-ids 4,5,6,7                these GPUs
   %%ddp --cpus 2                         two ranks on the CPU, over gloo
   %%ddp --gpus 2 --env NCCL_DEBUG=INFO --timeout 600
+  %%ddp --gpus 2 --bg training           return at once: training.wait(), .status, .results, .log(rank), .stop()
   %%ddp --gpus 2 --dry-run               show what would run and what would be sent
   %%ddp --gpus 8 --nnodes 2 --node-rank 0 --rdzv-endpoint node0:29500
                                          the first of two machines; on the other, the same with --node-rank 1

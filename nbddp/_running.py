@@ -16,11 +16,23 @@ _STACK_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class UnderWay:
-    """A run that is under way in this process; may be asked from any thread."""
+    """A run that is under way in this process; may be asked from any thread.
+
+    Attributes:
+        run: The run.
+        run_dir: Its files.
+        sources: The cells that its ranks may be in.
+        name: Of a run in the background; else empty.
+    """
 
     run: Run
     run_dir: RunDir
     sources: Sources
+    name: str = ""
+
+    def heading(self) -> str:
+        """Return the line that stands over what is said of this run, if it is in the background."""
+        return f"{self.name}:\n" if self.name else ""
 
     def stacks(self) -> list[str]:
         """Return where the ranks are at this moment, a line for each group that is at the same place."""

@@ -10,6 +10,7 @@ import re
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -111,7 +112,8 @@ class Request:
     """A cell that a kernel was asked to run; nobody need wait for it, and the kernel may die meanwhile.
 
     Attributes:
-        reply: What it has shown so far; `seconds` and `status` come at the end.
+        reply: What it has shown so far, also after its end and while other cells run; `seconds` and `status` come at
+            its end.
         returned_at: When the kernel was idle again (``time.monotonic``).
         failed_at: When its error message came.
     """
@@ -119,7 +121,7 @@ class Request:
     def __init__(self, client: BlockingKernelClient, code: str) -> None:
         self._client = client
         self._asked_at = time.monotonic()
-        self._id = client.execute(code, allow_stdin=False, stop_on_error=False)
+        self.id: str = client.execute(code, allow_stdin=False, stop_on_error=False)
         self.reply = Reply()
         self.returned_at: float | None = None
         self.failed_at: float | None = None
@@ -128,13 +130,22 @@ class Request:
         """Wait until the kernel is idle again, or for so long, or until `until` is true; tell whether it is idle."""
         deadline = time.monotonic() + seconds
         while self.returned_at is None and time.monotonic() < deadline and not until():
-            with contextlib.suppress(queue.Empty):
-                message = self._client.get_iopub_msg(timeout=0.01)
-                if message["parent_header"].get("msg_id") == self._id:
-                    self._take(message["msg_type"], message["content"])
+            self._look()
         return self.returned_at is not None
 
-    def _take(self, kind: str, content: dict[str, Any]) -> None:
+    def follow(self, until: Callable[[Reply], object], seconds: float = 30.0) -> None:
+        """Wait until something holds for what it has shown, after its end as well."""
+        deadline = time.monotonic() + seconds
+        while not until(self.reply):
+            assert time.monotonic() < deadline, f"not so within {seconds:.0f} s; shown was: {self.reply.outputs}"
+            self._look()
+
+    def _look(self) -> None:
+        with contextlib.suppress(queue.Empty):
+            self._client.get_iopub_msg(timeout=0.01)  # the kernel hands it on
+
+    def take(self, kind: str, content: dict[str, Any]) -> None:
+        """Take note of a message that came for this cell."""
         if kind != "status":
             self.reply.outputs.append((kind, content))
         if kind == "error":
@@ -170,6 +181,17 @@ class Kernel:
         self.client.wait_for_ready(timeout=60)
         provisioner: Any = self._manager.provisioner
         self.pid: int = provisioner.pid
+        # Whoever reads messages, each is noted with the cell that it is for: those that come after the cell's end, too.
+        self._requests: weakref.WeakValueDictionary[str, Request] = weakref.WeakValueDictionary()
+        receive = self.client.iopub_channel.get_msg
+
+        def receive_and_note(*args: Any, **kwargs: Any) -> dict[str, Any]:
+            message: dict[str, Any] = receive(*args, **kwargs)
+            if (request := self._requests.get(message["parent_header"].get("msg_id"))) is not None:
+                request.take(message["msg_type"], message["content"])
+            return message
+
+        self.client.iopub_channel.get_msg = receive_and_note
 
     def run(
         self,
@@ -209,7 +231,16 @@ class Kernel:
 
     def ask(self, code: str) -> Request:
         """Ask for a cell without waiting for it."""
-        return Request(self.client, code)
+        request = Request(self.client, code)
+        self._requests[request.id] = request
+        return request
+
+    def begin(self, code: str) -> Request:
+        """Run a cell that must not fail, and go on taking note of what it shows."""
+        request = self.ask(code)
+        assert request.wait(60), f"the cell has not ended; shown was: {request.reply.outputs}"
+        assert request.reply.status == "ok", request.reply.traceback
+        return request
 
     def run_timed(self, code: str, sent: list[tuple[float, str, int]]) -> Reply:
         """Run a cell; add each output message to `sent`: when it came, its type, and its size in bytes."""
@@ -275,8 +306,12 @@ class Kernel:
         while self.alive() and time.monotonic() < deadline:
             time.sleep(0.02)
 
+    def shut_down(self) -> None:
+        """Shut the kernel down as a server does; what it has shown until then can still be taken note of."""
+        self._manager.shutdown_kernel()
+
     def close(self, *, politely: bool = True) -> None:
-        """Shut the kernel down as a server does, or kill it, which is a second faster."""
+        """Shut the kernel down as a server does, or kill it, which is a second faster; give up its messages."""
         with contextlib.suppress(Exception):
             self.client.stop_channels()
         with contextlib.suppress(Exception):

@@ -101,6 +101,43 @@ def test_a_flood(lab: Lab) -> None:
     assert notebook.path.stat().st_size < 2_000_000
 
 
+def test_a_run_in_the_background(lab: Lab) -> None:
+    steps = "%%ddp --cpus 2 --bg train\nimport time\nfor i in range(8):\n    print('step', i)\n    time.sleep(0.5)"
+    notebook = lab.open([LOAD, steps, "import time\nprint('mine')\ntime.sleep(2)", "train", "train.wait()"])
+    notebook.ok(0)
+    notebook.ok(1)
+    notebook.start(2)
+    notebook.until_text(1, "[rank 0] step 1")  # while that cell runs
+    notebook.until(1, "c => c.area.querySelectorAll('details, table, div').length > 0 && c.outputs.length > 1")
+    notebook.wait(2)
+    notebook.ok(3)
+    notebook.until_text(1, "[rank 1] step 7")  # while no cell runs
+    notebook.until_text(1, "nbddp: train: 2 ranks, done")
+    assert notebook.text(2).strip() == "mine"
+    notebook.until_text(3, "nbddp: 2 ranks done in")  # the handle's panel
+    assert notebook.count(3) == 1
+    notebook.ok(4)
+    saved = notebook.save()
+    assert "step 7" in str(saved.cells[1].outputs)
+    assert "step" not in saved.cells[2].outputs[0].text
+
+
+def test_a_restart_with_a_run_in_the_background(lab: Lab) -> None:
+    notebook = lab.open([LOAD, SLEEP.replace("--cpus 2", "--cpus 2 --bg train"), FINE])
+    notebook.ok(0)
+    notebook.ok(1)
+    notebook.until(1, r"c => (c.text.match(/\] pid \d+/g) || []).length === 2")
+    pids = [int(pid) for pid in re.findall(r"\] pid (\d+)", notebook.text(1))]
+    notebook.restart()
+    assert_gone(pids, SOON)
+    logs = notebook.path.parent / "nbddp-logs" / "train-1"
+    assert {f"pid {pid}\n" for pid in pids} == {log.read_text() for log in logs.iterdir()}
+    print("AFTER", notebook.text(1))
+    notebook.ok(0)
+    notebook.ok(2)
+    assert {"[rank 0] fine", "[rank 1] fine"} <= set(lines(notebook, 2))
+
+
 def test_what_is_saved_outlives_the_page(lab: Lab) -> None:
     notebook = lab.open([LOAD, FINE])
     notebook.ok(0)
