@@ -584,6 +584,7 @@ def load(shell: Any) -> None:
     """
     if sys.platform == "win32":
         raise LaunchError("nbddp needs Linux or macOS; on Windows, use it inside WSL")
+    sys.stdout.write(_background.said_by_the_last_kernel())
     magics = DDPMagics(shell)
     client.in_use = _what_else_runs
     shell.register_magics(magics)
@@ -611,7 +612,7 @@ def unload(shell: Any) -> None:
     if magics is not None:
         with contextlib.suppress(ValueError):
             shell.events.unregister("post_run_cell", magics.note_failure)
-    sys.stdout.write(_background.end_all("nbddp"))
+    sys.stdout.write(_background.end_all("nbddp")[1])
     _kept.drop()
     # IPython has no call that takes a hook away again.
     shell.strdispatchers["complete_command"].strs.pop("%%ddp", None)

@@ -379,7 +379,7 @@ def loaded(_shared_kernel: Kernel) -> None:
 
 
 @pytest.mark.parametrize("code", [ASLEEP.format(name="train", ranks=2), STUBBORN])
-def test_a_shutdown_saves_the_logs(alone: Kernel, tmp_path: Path, code: str) -> None:
+def test_a_shutdown_saves_the_logs(alone: Kernel, new_kernel: Callable[..., Kernel], tmp_path: Path, code: str) -> None:
     cell = alone.begin(code)
     name = "train" if "train" in code else "stubborn"
     cell.follow(lambda reply: reply.text.count("sleeps") == 2 or reply.text.count("tick") > 20)
@@ -399,6 +399,10 @@ def test_a_shutdown_saves_the_logs(alone: Kernel, tmp_path: Path, code: str) -> 
         )
         assert log.startswith(shown)
         assert log.endswith("\n")
+    # A front end that restarts the kernel has stopped listening: the next one tells, once.
+    following = new_kernel(load=False, cwd=str(tmp_path))
+    assert following.ok("%load_ext nbddp").text == f"{said}\n"
+    assert following.ok("%reload_ext nbddp").text == ""
 
 
 def test_logs_that_cannot_go_beside_the_notebook_go_elsewhere(alone: Kernel, tmp_path: Path) -> None:
