@@ -234,7 +234,7 @@ class BackgroundRun:
         return f"its logs could not be saved: {reason}"
 
     def end_with(self, what: str) -> str:
-        """Save the logs of a run that ends with the kernel or the extension; say so in its cell, and return the line."""
+        """Save the logs of a run that ends with the kernel or the extension; say it in its cell, and return it."""
         line = f"nbddp: {self.name} ended with {what}; {self._save_logs()}\n"
         with contextlib.suppress(Exception):  # the front end may be gone
             self._screen.write(line)
