@@ -6,7 +6,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
 # The tests of what differs from one IPython and ipykernel to the next.
-SHELL_TESTS = $(patsubst %,tests/test_%.py,cell errors frontends interrupt launch lifecycle options output panel rank results script stacks)
+SHELL_TESTS = $(patsubst %,tests/test_%.py,background cell errors frontends interrupt launch lifecycle options output panel rank results script stacks)
 
 .PHONY: demo test long check browser bench notebooks clean
 

@@ -109,7 +109,9 @@ def test_a_handle_of_a_quick_run_does_not_say_for_ever_that_it_runs(kernel: Kern
     other = kernel.begin("train")
     cell.follow(lambda reply: "done" in reply.text)
     kernel.wait_idle()
-    assert other.reply.outputs[-1][1]["data"]["text/plain"] == "<train: 1 rank, done>"
+    shown = other.reply.outputs[-1][1]["data"]["text/plain"]
+    # On a busy machine, where ranks take seconds to start, there was a panel after all.
+    assert shown == "<train: 1 rank, done>" or shown.startswith("nbddp: 1 rank done in"), shown
 
 
 def test_without_a_name_the_handle_is_the_value_and_gets_one(kernel: Kernel) -> None:
