@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 import weakref
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,11 @@ class BackgroundRun:
         self._done.wait(timeout)
 
     @property
+    def has_cell(self) -> bool:
+        """Whether what it shows is shown in a cell."""
+        return self._screen.has_cell
+
+    @property
     def gpus(self) -> list[str]:
         """The GPUs that it uses, as the driver knows them."""
         return gpus_of(self._prepared.devices, self._prepared.launch.env)
@@ -228,15 +234,11 @@ class BackgroundRun:
         return f"its logs could not be saved: {reason}"
 
     def end_with(self, what: str) -> str:
-        """Save the logs of a run that ends with the kernel or the extension, and say so in its cell.
-
-        Returns:
-            What could not be said there.
-        """
+        """Save the logs of a run that ends with the kernel or the extension; say it in its cell, and return it."""
         line = f"nbddp: {self.name} ended with {what}; {self._save_logs()}\n"
         with contextlib.suppress(Exception):  # the front end may be gone
             self._screen.write(line)
-        return "" if self._screen.has_cell else line
+        return line
 
 
 class BackgroundScreen:
@@ -352,14 +354,14 @@ def gpus_in_use() -> dict[str, str]:
     return {gpu: f"{run.name} ({run.name}.stop() ends it)" for run in list(running.values()) for gpu in run.gpus}
 
 
-def end_all(what: str = "the kernel") -> str:
+def end_all(what: str = "the kernel") -> tuple[str, str]:
     """Stop all runs; what they have printed is saved beside the notebook.
 
     Args:
         what: With what they end.
 
     Returns:
-        What the user is to know, and no cell says: a line for each run.
+        What the user is to know, a line for each run: what cells say, and what none does.
     """
     # A child that the kernel has forked leaves its parent's runs alone.
     ending = [run for run in running.values() if run._pid == os.getpid()]
@@ -372,13 +374,35 @@ def end_all(what: str = "the kernel") -> str:
                 run._press()  # the second time, its ranks are killed
         for run in ending:
             run._done.wait(max(0.0, deadline - time.monotonic()))
-    return "".join([run.end_with(what) for run in ending])
+    lines = [(run.has_cell, run.end_with(what)) for run in ending]
+    return "".join(line for has_cell, line in lines if has_cell), "".join(line for cell, line in lines if not cell)
 
 
 def _end_with_kernel() -> None:
-    if (lines := end_all()) and sys.__stderr__ is not None:
+    in_cells, elsewhere = end_all()
+    # It may also be that nobody listens any more; and a front end that restarts the kernel does not.
+    if in_cells:
+        with contextlib.suppress(OSError):
+            Path(_note()).write_text(in_cells)
+    if elsewhere and sys.__stderr__ is not None:
         with contextlib.suppress(OSError, ValueError):
-            sys.__stderr__.write(lines)
+            sys.__stderr__.write(elsewhere)
+
+
+def said_by_the_last_kernel() -> str:
+    """Return, once, what the kernel before this one had to say of runs that ended with it."""
+    note = Path(_note())
+    with contextlib.suppress(OSError, UnicodeError):
+        text = note.read_text()
+        note.unlink()
+        return text
+    return ""
+
+
+def _note() -> str:
+    """Return the file by which a kernel tells the next one of the same notebook."""
+    notebook = os.environ.get("JPY_SESSION_NAME", "")  # Jupyter's servers set it
+    return os.path.join(_LOGS, f".ended-{zlib.crc32(notebook.encode()):08x}")
 
 
 # What ends a run and is no fault of nbddp's.

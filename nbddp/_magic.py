@@ -588,6 +588,7 @@ def load(shell: Any) -> None:
     if sys.platform == "win32":
         raise LaunchError("nbddp needs Linux or macOS; on Windows, use it inside WSL")
     refuse_in_rank("%load_ext nbddp")
+    sys.stdout.write(_background.said_by_the_last_kernel())
     magics = DDPMagics(shell)
     client.in_use = _what_else_runs
     shell.register_magics(magics)
@@ -622,7 +623,7 @@ def unload(shell: Any) -> None:
             transformers.remove(magics.kept.send_to_ranks)
         with contextlib.suppress(ValueError):
             shell.events.unregister("post_run_cell", magics.note_failure)
-    sys.stdout.write(_background.end_all("nbddp"))
+    sys.stdout.write(_background.end_all("nbddp")[1])
     _kept.drop()
     # IPython has no call that takes a hook away again.
     dispatcher = shell.strdispatchers["complete_command"]

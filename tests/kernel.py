@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import os
 import queue
@@ -11,7 +12,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -185,11 +186,17 @@ class Kernel:
         self._requests: weakref.WeakValueDictionary[str, Request] = weakref.WeakValueDictionary()
         receive = self.client.iopub_channel.get_msg
 
-        def receive_and_note(*args: Any, **kwargs: Any) -> dict[str, Any]:
-            message: dict[str, Any] = receive(*args, **kwargs)
+        def note(message: dict[str, Any]) -> dict[str, Any]:
             if (request := self._requests.get(message["parent_header"].get("msg_id"))) is not None:
                 request.take(message["msg_type"], message["content"])
             return message
+
+        async def noted(coming: Awaitable[dict[str, Any]]) -> dict[str, Any]:
+            return note(await coming)
+
+        def receive_and_note(*args: Any, **kwargs: Any) -> Any:
+            message = receive(*args, **kwargs)
+            return noted(message) if inspect.isawaitable(message) else note(message)  # older clients await it
 
         self.client.iopub_channel.get_msg = receive_and_note
 

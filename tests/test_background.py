@@ -109,7 +109,9 @@ def test_a_handle_of_a_quick_run_does_not_say_for_ever_that_it_runs(kernel: Kern
     other = kernel.begin("train")
     cell.follow(lambda reply: "done" in reply.text)
     kernel.wait_idle()
-    assert other.reply.outputs[-1][1]["data"]["text/plain"] == "<train: 1 rank, done>"
+    shown = other.reply.outputs[-1][1]["data"]["text/plain"]
+    # On a busy machine, where ranks take seconds to start, there was a panel after all.
+    assert shown == "<train: 1 rank, done>" or shown.startswith("nbddp: 1 rank done in"), shown
 
 
 def test_without_a_name_the_handle_is_the_value_and_gets_one(kernel: Kernel) -> None:
@@ -358,40 +360,40 @@ def test_thirty_runs_leave_nothing(kernel: Kernel) -> None:
 # The end of the kernel.
 
 
-def gone_within(seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while (left := marked()) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not left
+@pytest.fixture
+def all_gone() -> Callable[[], bool]:
+    """Tell whether, in time, everything is gone that has been started since."""
+    others = {process.pid for process in marked()}
+
+    def look() -> bool:
+        deadline = time.monotonic() + GONE_SECONDS
+        while (left := {process.pid for process in marked()} - others) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return not left
+
+    return look
 
 
 @pytest.fixture
-def alone(new_kernel: Callable[..., Kernel], _shared_kernel: Kernel, tmp_path: Path) -> Kernel:
-    """A kernel of the test's own, in a folder of its own, while no other has anything running."""
-    _shared_kernel.ok("%unload_ext nbddp")
+def alone(all_gone: Callable[[], bool], new_kernel: Callable[..., Kernel], tmp_path: Path) -> Kernel:
+    """A kernel of the test's own, in a folder of its own."""
     return new_kernel(cwd=str(tmp_path))
 
 
-@pytest.fixture(autouse=True)
-def loaded(_shared_kernel: Kernel) -> None:
-    """The extension in the shared kernel, which `alone` takes away."""
-    _shared_kernel.ok("%load_ext nbddp")
-
-
-@pytest.mark.parametrize("code", [ASLEEP.format(name="train", ranks=2), STUBBORN])
-def test_a_shutdown_saves_the_logs(alone: Kernel, tmp_path: Path, code: str) -> None:
-    cell = alone.begin(code)
-    name = "train" if "train" in code else "stubborn"
-    cell.follow(lambda reply: reply.text.count("sleeps") == 2 or reply.text.count("tick") > 20)
+def test_a_shutdown_saves_the_logs_of_ranks_that_will_not_end(
+    alone: Kernel, all_gone: Callable[[], bool], new_kernel: Callable[..., Kernel], tmp_path: Path
+) -> None:
+    cell = alone.begin(STUBBORN)
+    cell.follow(lambda reply: reply.text.count("tick") > 20)
     other = alone.begin("1")
     alone.shut_down()
-    assert gone_within(GONE_SECONDS)
+    assert all_gone()
     cell.follow(lambda reply: "ended with the kernel" in reply.text, 5)
-    said = f"nbddp: {name} ended with the kernel; its logs are in nbddp-logs/{name}-1"
-    assert [line for line in cell.reply.text.splitlines() if line.startswith(f"nbddp: {name}")] == [said]
+    said = "nbddp: stubborn ended with the kernel; its logs are in nbddp-logs/stubborn-1"
+    assert [line for line in cell.reply.text.splitlines() if line.startswith("nbddp: stubborn")] == [said]
     assert other.reply.text == ""
     for rank in (0, 1):
-        log = (tmp_path / "nbddp-logs" / f"{name}-1" / f"rank{rank}.log").read_text()
+        log = (tmp_path / "nbddp-logs" / "stubborn-1" / f"rank{rank}.log").read_text()
         shown = "".join(
             line.removeprefix(f"[rank {rank}] ") + "\n"
             for line in cell.reply.text.splitlines()
@@ -399,6 +401,10 @@ def test_a_shutdown_saves_the_logs(alone: Kernel, tmp_path: Path, code: str) -> 
         )
         assert log.startswith(shown)
         assert log.endswith("\n")
+    # A front end that restarts the kernel has stopped listening: the next one tells, once.
+    following = new_kernel(load=False, cwd=str(tmp_path))
+    assert following.ok("%load_ext nbddp").text == f"{said}\n"
+    assert following.ok("%reload_ext nbddp").text == ""
 
 
 def test_logs_that_cannot_go_beside_the_notebook_go_elsewhere(alone: Kernel, tmp_path: Path) -> None:
@@ -414,17 +420,17 @@ def test_logs_that_cannot_go_beside_the_notebook_go_elsewhere(alone: Kernel, tmp
     where.parent.rmdir()
 
 
-def test_a_killed_kernel_leaves_nothing(alone: Kernel) -> None:
+def test_a_killed_kernel_leaves_nothing(alone: Kernel, all_gone: Callable[[], bool]) -> None:
     asleep(alone, "train")
     alone.begin(STUBBORN)
     alone.kill()
-    assert gone_within(GONE_SECONDS)
+    assert all_gone()
 
 
-def test_unloading_ends_it_and_keeps_the_logs(alone: Kernel, tmp_path: Path) -> None:
+def test_unloading_ends_it_and_keeps_the_logs(alone: Kernel, all_gone: Callable[[], bool], tmp_path: Path) -> None:
     cell = asleep(alone, "train")
     reply = alone.ok("%unload_ext nbddp")
-    assert gone_within(GONE_SECONDS)
+    assert all_gone()
     alone.wait_idle()
     assert last_line(cell.reply) == "nbddp: train ended with nbddp; its logs are in nbddp-logs/train-1"
     assert reply.text == ""

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from nbddp._devices import Devices, choose, environment
+from nbddp._devices import Devices, choose, environment, gpus_of
 from nbddp._errors import LaunchError
 from nbddp._options import Options
 from tests.kernel import Kernel
@@ -92,3 +92,74 @@ def test_in_the_notebook(kernel: Kernel) -> None:
         reply.traceback
         == "LaunchError: there is no GPU here, so say how many ranks to run on the CPU, as in %%ddp --cpus 2"
     )
+
+
+IN_USE = {"0": "one (one.stop() ends it)", "1": "one (one.stop() ends it)", "3": "kept ranks (%ddp stop ends them)"}
+
+
+@pytest.mark.parametrize(
+    ("options", "env", "there", "expected"),
+    [
+        # Free ones are taken; where the first ones are free, nothing is set.
+        (Options(gpus=2), {}, 8, Devices(2, gpus=True, visible="2,4")),
+        (Options(gpus=2), {"CUDA_VISIBLE_DEVICES": "5,4,3,0"}, 4, Devices(2, gpus=True)),
+        (Options(gpus=1), {"CUDA_VISIBLE_DEVICES": "3,GPU-aa"}, 2, Devices(1, gpus=True, visible="GPU-aa")),
+        (Options(gpu_ids=(2, 4)), {}, 8, Devices(2, gpus=True, visible="2,4")),
+        # The numbers are those that the notebook gives them.
+        (Options(gpu_ids=(0,)), {"CUDA_VISIBLE_DEVICES": "6,1"}, 2, Devices(1, gpus=True, visible="6")),
+        (Options(gpus=2, share=True), {}, 8, Devices(2, gpus=True)),
+        (Options(gpu_ids=(0, 2), share=True), {}, 8, Devices(2, gpus=True, visible="0,2")),
+        (Options(share=True), {}, 4, Devices(4, gpus=True)),
+        (Options(cpus=2), {}, 8, Devices(2, gpus=False)),
+    ],
+)
+def test_gpus_of_other_runs_are_left_alone(
+    options: Options, env: dict[str, str], there: int, expected: Devices
+) -> None:
+    assert choose(options, env, lambda: there, IN_USE) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "env", "there", "message"),
+    [
+        (
+            Options(gpus=2),
+            {},
+            4,
+            "--gpus 2: GPUs 0, 1, 3 are used by one (one.stop() ends it) and kept ranks (%ddp stop ends them), "
+            "and 1 more is free; or give --share",
+        ),
+        (
+            Options(gpus=1),
+            {},
+            2,
+            "--gpus 1: GPUs 0, 1 are used by one (one.stop() ends it); or give --share",
+        ),
+        (Options(), {}, 8, "all GPUs: GPUs 0, 1, 3 are used by"),
+        (
+            Options(gpu_ids=(2, 3)),
+            {},
+            4,
+            "--gpu-ids 2,3: GPU 3 is used by kept ranks (%ddp stop ends them); or give --share",
+        ),
+        (Options(gpu_ids=(1,)), {"CUDA_VISIBLE_DEVICES": "7,0"}, 2, "--gpu-ids 1: GPU 0 is used by one"),
+        # Of this list CUDA sees two: the rest is not there to be free.
+        (Options(gpus=2), {"CUDA_VISIBLE_DEVICES": "0,2,no,5"}, 2, "--gpus 2: GPU 0 is used by one"),
+    ],
+)
+def test_gpus_of_other_runs_are_refused(options: Options, env: dict[str, str], there: int, message: str) -> None:
+    with pytest.raises(LaunchError) as caught:
+        choose(options, env, lambda: there, IN_USE)
+    assert str(caught.value).startswith(message)
+
+
+def test_uuids_are_told_apart() -> None:
+    env = {"CUDA_VISIBLE_DEVICES": "GPU-aa,GPU-bb,GPU-cc"}
+    first = choose(Options(gpus=1), env, lambda: 3)
+    used = dict.fromkeys(gpus_of(first, environment(env, Options(gpus=1), first)), "one")
+    assert used == {"GPU-aa": "one"}
+    second = choose(Options(gpus=2), env, lambda: 3, used)
+    assert second.visible == "GPU-bb,GPU-cc"
+    used |= dict.fromkeys(gpus_of(second, environment(env, Options(gpus=2), second)), "two")
+    with pytest.raises(LaunchError, match="GPUs GPU-aa, GPU-bb, GPU-cc are used by one and two"):
+        choose(Options(gpus=1), env, lambda: 3, used)

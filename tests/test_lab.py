@@ -132,8 +132,8 @@ def test_a_restart_with_a_run_in_the_background(lab: Lab) -> None:
     assert_gone(pids, SOON)
     logs = notebook.path.parent / "nbddp-logs" / "train-1"
     assert {f"pid {pid}\n" for pid in pids} == {log.read_text() for log in logs.iterdir()}
-    print("AFTER", notebook.text(1))
     notebook.ok(0)
+    assert notebook.text(0).strip() == "nbddp: train ended with the kernel; its logs are in nbddp-logs/train-1"
     notebook.ok(2)
     assert {"[rank 0] fine", "[rank 1] fine"} <= set(lines(notebook, 2))
 
