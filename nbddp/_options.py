@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import itertools
 import operator
 import os
@@ -317,7 +318,9 @@ def _assignment(text: str) -> tuple[str, str]:
     return name, value
 
 
+@functools.cache
 def _make_parser() -> _Parser:
+    # Making one takes longer than all else that a quick cell needs before it is sent.
     parser = _Parser(
         prog="%%ddp",
         add_help=False,

@@ -219,6 +219,7 @@ class Session:
         self.launcher_log = os.path.join(self.root, "launcher.log")
         self._numbers = itertools.count(1)
         self._logs: str | None = None
+        self._spare_logs: list[str] = []
         self._ruins: list[str] = []
         # A run in the background may end at any moment.
         self._deleting = threading.Lock()
@@ -259,13 +260,23 @@ class Session:
         return self._logs
 
     def new_logs(self) -> str:
-        """Return a fresh directory for the logs of a run that begins."""
+        """Return an empty directory for the logs of a run that begins."""
+        with contextlib.suppress(IndexError):  # one call: another thread may want one, too
+            if os.path.isdir(spare := self._spare_logs.pop()):
+                return spare
         return tempfile.mkdtemp(prefix="logs-", dir=self.root)
 
     def keep_logs(self, logs: str) -> None:
         """Keep the logs of a run that has ended; those of the one before are deleted."""
         old, self._logs = self._logs, logs
-        if old is not None:
+        if old is None:
+            return
+        try:
+            # Between two quick cells, to make a directory and to delete one takes longer than to empty it.
+            for name in os.listdir(old):
+                os.unlink(os.path.join(old, name))
+            self._spare_logs.append(old)
+        except OSError:
             self._delete(old)
 
     def close(self) -> None:

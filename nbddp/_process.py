@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
+import re
 import select
 import signal
 import socket
@@ -282,19 +284,26 @@ def oom_kills() -> int:
     Counts the whole machine and this process's cgroup; only a rise between two calls means anything.
     """
     total = 0
-    version_1 = _own_cgroup("memory") / "memory.oom_control"
-    for path in (
+    for path in _oom_counters():
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if (found := _OOM_KILL.search(file.read())) is not None:
+                total += int(found[1])
+    return total
+
+
+_OOM_KILL = re.compile(rb"^oom_kill (\d+)$", re.MULTILINE)
+
+
+@functools.cache
+def _oom_counters() -> tuple[str, ...]:
+    """Return the files that count them; each cell reads them twice."""
+    paths = (
         Path("/proc/vmstat"),
         Path("/sys/fs/cgroup/memory.events"),
         _own_cgroup() / "memory.events",
-        version_1,
-    ):
-        try:
-            lines = path.read_text().splitlines()
-        except OSError:
-            continue
-        total += sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))
-    return total
+        _own_cgroup("memory") / "memory.oom_control",
+    )
+    return tuple(str(path) for path in paths if path.exists())
 
 
 def all_threads() -> int:

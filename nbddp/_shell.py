@@ -344,6 +344,8 @@ def _links(tb: TracebackType | None) -> list[TracebackType]:
 def _ends_with_semicolon(source: str) -> bool:
     """Tell whether the last token is a semicolon, by which a cell asks not to show its value."""
     last = ""
+    if ";" not in source:
+        return False
     with contextlib.suppress(tokenize.TokenError, SyntaxError):  # IPython syntax: what came before it counts
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             if token.string.strip() and token.type != tokenize.COMMENT:
