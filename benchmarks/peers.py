@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import itertools
+import json
 import os
 import queue
 import re
@@ -19,10 +20,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,9 @@ MARK = "NBDDP_BENCHMARK"
 
 # Seconds until a cell is given up.
 AT_MOST = 60.0
+
+# Seconds of measurements after which a tool takes no more turns in a row.
+ENOUGH = 20.0
 
 # Seconds until a sleeping cell that was interrupted is given up.
 INTERRUPT_AT_MOST = 40.0
@@ -125,7 +128,7 @@ class Notebook:
         self.folder = Path(tempfile.mkdtemp(dir=folder))
         commands = self.folder / "bin"
         commands.mkdir()
-        # nbdistributed ends processes by patterns that fit those of others; here it is to end its own, which it does, too.
+        # nbdistributed ends processes by patterns, which fit other people's.
         (commands / "pkill").write_text("#!/bin/sh\n")
         (commands / "pkill").chmod(0o755)
         path = os.pathsep.join([str(commands), str(ENVIRONMENT / "bin"), os.environ["PATH"]])
@@ -183,7 +186,7 @@ class Notebook:
         """
         cells = tool.cells(code, takes=takes, gives=gives)
         self.load(tool)
-        outputs = []
+        outputs: list[Output] = []
 
         def complete(output: Output) -> bool:
             return sum(o.text.count(expected) for o in [*outputs, output]) >= tool.ranks if expected else True
@@ -241,6 +244,12 @@ class Result:
         if not self.values:
             return "fails"
         return seconds_of(statistics.median(self.values))
+
+    def with_range(self) -> str:
+        """Return it with the shortest and the longest time."""
+        if len(self.values) < 2 or max(self.values) == min(self.values):
+            return str(self)
+        return f"{self} ({seconds_of(min(self.values))}-{seconds_of(max(self.values))})"
 
 
 def seconds_of(value: float) -> str:
@@ -321,7 +330,7 @@ class Benchmark:
         for turn in range(self._repeat + 1):
             for tool in tools or self._tools:
                 result = row.results.setdefault(tool.name, Result())
-                if tool.name in failed:
+                if tool.name in failed or sum(result.values) > ENOUGH:
                     continue
                 try:
                     seconds, text = measure(tool, self._ready(tool) if turn == 0 else self._of(tool))
@@ -456,10 +465,7 @@ class Benchmark:
             seconds = (request.returned_at or time.monotonic()) - began
             if request.returned_at is None:
                 return seconds, "the cell goes on"
-            if request.failed_at is None and not isinstance(tool, Torchrunx):
-                then = "the cell counts as one that has succeeded"
-            else:
-                then = ""
+            then = "the cell counts as one that has succeeded" if request.failed_at is None else ""
             try:
                 notebook.use(tool, ALL_REDUCE, "has 2.0")
             except WrongError as error:
@@ -491,17 +497,17 @@ class Benchmark:
                         self._asleep(tool, notebook)
                         notebook.kernel.kill()
                         time.sleep(LEFT_AFTER)
-                        result.values.append(len(notebook.processes()))
+                        result.values = [max([len(notebook.processes()), *result.values])]
                 except WrongError as error:
                     result.text, result.note = "fails", str(error)
                 else:
-                    result.text = "none" if not max(result.values) else f"{max(result.values):.0f}"
+                    result.text = f"{result.values[0]:.0f}" if result.values[0] else "none"
         return row
 
-    def goals(self, repeat: int) -> Table:
+    def goals(self) -> list[tuple[str, ...]]:
         """The ratios that are promised, each of pairs that were taken in turn."""
-        table = Table("Goals", ("what", "nbddp", "beside", "ratio", "pairs", "goal"))
-        # Of cells in milliseconds, more, and the median of some for each: the machine's own scatter is as large.
+        rows: list[tuple[str, ...]] = []
+        # Of cells that take milliseconds the median of some for each: the machine's own scatter is as large.
         for name, one, other, goal, each in (
             ("a kept cell beside %%px", Kept(), Px(), "<= 0.6", 9),
             ("a kept cell beside %%distributed", Kept(), NbDistributed(), "< 0.1", 5),
@@ -512,19 +518,19 @@ class Benchmark:
             try:
                 for tool in (one, other):
                     self._ready(tool)
-                for _ in range(repeat):
+                for _ in range(max(3, self._repeat)):
                     for tool, found in zip((one, other), times, strict=True):
                         expected = answer(tool)
                         turn = [self._of(tool).use(tool, ALL_REDUCE, expected)[0] for _ in range(each)]
                         found.append(statistics.median(turn))
             except WrongError as error:
-                table.rows.append((name, "", "", f"fails: {error}", "", goal))
+                rows.append((name, "", "", f"fails: {error}", "", goal))
                 continue
             pairs = sorted(a / b for a, b in zip(*times, strict=True))
             ours, theirs = map(statistics.median, times)
             spread = f"{pairs[0]:.3f}-{pairs[-1]:.3f}"
-            table.rows.append((name, seconds_of(ours), seconds_of(theirs), f"{ours / theirs:.3f}", spread, goal))
-        return table
+            rows.append((name, seconds_of(ours), seconds_of(theirs), f"{ours / theirs:.3f}", spread, goal))
+        return rows
 
 
 def answer(tool: Tool) -> str:
@@ -537,40 +543,100 @@ def main() -> None:
     names = ("first", "next", "into", "out", "lines", "interrupt", "kill", "goals")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=",".join(names), help=f"which of {','.join(names)}")
-    parser.add_argument("--tools", help="which tools, by the beginnings of their names")
+    parser.add_argument("--tools", default="", help="which tools, by the beginnings of their names")
     parser.add_argument("--repeat", type=int, default=5, help="how many turns a figure is made of")
+    parser.add_argument("--results", metavar="FILE", help="keep what is measured in a file, and measure what it lacks")
     parser.add_argument("--write", metavar="FILE", help="leave the tables in a file, too")
     parser.add_argument("--plot", metavar="FILE", help="leave a plot of the times in a file")
     given = parser.parse_args()
-    asked = given.tools.split(",") if given.tools else [""]
-    tools = [tool for tool in TOOLS if tool.name.startswith(tuple(asked))]
-    rows: list[Row] = []
-    tables: list[Table] = []
+    tools = [tool for tool in TOOLS if tool.name.startswith(tuple(given.tools.split(",")))]
+    kept = Path(given.results) if given.results else None
+    results: dict[str, Any] = json.loads(kept.read_text()) if kept is not None and kept.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         os.environ["TMPDIR"] = name
         benchmark = Benchmark(Path(name), given.repeat, tools)
         try:
-            for which in given.rows.split(","):
-                if which == "goals":
-                    tables.append(benchmark.goals(max(3, given.repeat)))
-                    print(tables[-1], flush=True)
-                    continue
-                row = getattr(benchmark, which)()
-                rows.append(row)
-                for tool_name, result in row.results.items():
-                    spread = " ".join(f"{value:.3f}" for value in sorted(result.values))
-                    print(f"{row.name} | {tool_name} | {result} | {spread} | {result.note}", flush=True)
+            for which in [which for which in given.rows.split(",") if which not in results]:
+                results[which] = benchmark.goals() if which == "goals" else asdict(getattr(benchmark, which)())
+                print(f"{which}: {results[which]}", file=sys.stderr, flush=True)
+                if kept is not None:
+                    kept.write_text(json.dumps(results, indent=1))
         finally:
             benchmark.close()
-    print(table_of(rows, tools))
+    rows = [
+        Row(results[which]["name"], {tool: Result(**result) for tool, result in results[which]["results"].items()})
+        for which in names
+        if which in results and which != "goals"
+    ]
+    tables = [table_of(rows, tools)]
+    if "goals" in results:
+        tables.append(Table("Goals", ("what", "nbddp", "beside", "ratio", "pairs", "goal"), results["goals"]))
+    text = "\n".join([*map(str, tables), *notes_of(rows)])
+    print(text)
+    if given.write:
+        head = f"# nbddp beside its peers\n\n`python benchmarks/peers.py` on {machine()}, two ranks on the CPU.\n\n"
+        Path(given.write).write_text(head + text + "\n")
+    if given.plot:
+        plot(rows, tools, given.plot)
 
 
 def table_of(rows: Sequence[Row], tools: Sequence[Tool]) -> Table:
-    """Return the table, a line for each row."""
-    table = Table("Two ranks on the CPU, from a notebook", ("", *(tool.name for tool in tools)))
-    for row in rows:
-        table.rows.append((row.name, *(str(row.results[tool.name]) for tool in tools)))
+    """Return the table, a line for each tool."""
+    table = Table("From a notebook: medians, and the range in brackets", ("", *(row.name for row in rows)))
+    for tool in tools:
+        table.rows.append((tool.name, *(row.results[tool.name].with_range() for row in rows)))
     return table
+
+
+def notes_of(rows: Sequence[Row]) -> list[str]:
+    """Return what is to be said of single results."""
+    return [
+        f"- {row.name}, {name}: {result.note}" for row in rows for name, result in row.results.items() if result.note
+    ]
+
+
+# In the plot, nbddp's bars are of one colour, the others' of another.
+_OURS, _OTHERS = "#0969da", "#8c959f"
+
+
+def plot(rows: Sequence[Row], tools: Sequence[Tool], path: str) -> None:
+    """Draw a chart for each row, with a bar for each tool."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot
+
+    columns = 4
+    figure, axes = pyplot.subplots(-(-len(rows) // columns), columns, figsize=(14, 6.4), squeeze=False)
+    for axis in axes.flat[len(rows) :]:
+        axis.axis("off")
+    names = [tool.name for tool in reversed(tools)]
+    for number, (axis, row) in enumerate(zip(axes.flat, rows, strict=False)):
+        results = [row.results[name] for name in names]
+        medians = [statistics.median(result.values) if result.values else 0.0 for result in results]
+        counts = "SIGKILL" in row.name
+        colours = [_OURS if name.startswith("%%ddp") else _OTHERS for name in names]
+        axis.barh(range(len(names)), medians, color=colours)
+        if not counts:
+            shortest = min((median for median in medians if median), default=1.0)
+            axis.set_xscale("log")
+            axis.set_xlim(shortest / 3, max(medians, default=1.0) * 30)
+        else:
+            axis.set_xlim(0, max(medians, default=1.0) * 1.5 + 1)
+        for place, (median, result) in enumerate(zip(medians, results, strict=True)):
+            text = "cannot" if result.text == "-" else str(result).partition(" and a line")[0]
+            start = median if median else axis.get_xlim()[0]
+            axis.annotate(f" {text}", (start, place), va="center", fontsize=8)
+        axis.set_title(row.name, fontsize=10, loc="left")
+        axis.set_yticks(range(len(names)), names if number % columns == 0 else [""] * len(names), fontsize=9)
+        axis.set_xticks([])
+        axis.tick_params(which="both", length=0)
+        axis.minorticks_off()
+        for side in ("top", "right", "bottom"):
+            axis.spines[side].set_visible(False)
+    figure.suptitle("Two CPU ranks from a notebook; shorter is better; times on a logarithmic scale", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

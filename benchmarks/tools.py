@@ -222,7 +222,8 @@ class Spawn(Tool):
         return [
             f"%%writefile spawned{self._count}.py\nimport torch, time, torch.distributed as dist\n"
             f"def work(rank, port{names}):\n{body}\n",
-            f"import spawned{self._count}\n{shared}mp.spawn(spawned{self._count}.work, (free_port(),{names[1:]}), nprocs=2)",
+            f"import spawned{self._count}\n{shared}"
+            f"mp.spawn(spawned{self._count}.work, (free_port(),{names[1:]}), nprocs=2)",
         ]
 
 
