@@ -52,6 +52,7 @@ bench: .venv/test
 	.venv/bin/python benchmarks/data.py
 	.venv/bin/python benchmarks/output.py
 	.venv/bin/python benchmarks/stop.py
+	.venv/bin/python benchmarks/peers.py
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "nbddp needs Python 3.11 or newer; set PYTHON")'
