@@ -609,8 +609,9 @@ def plot(rows: Sequence[Row], tools: Sequence[Tool], path: str) -> None:
     mpl.use("agg")
     from matplotlib import pyplot
 
-    columns = 4
-    figure, axes = pyplot.subplots(-(-len(rows) // columns), columns, figsize=(14, 6.4), squeeze=False)
+    columns = min(4, len(rows))
+    lines = -(-len(rows) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(2 + 3.2 * columns, 3.2 * lines), squeeze=False)
     for axis in axes.flat[len(rows) :]:
         axis.axis("off")
     names = [tool.name for tool in reversed(tools)]
