@@ -15,6 +15,7 @@ import os
 import queue
 import re
 import shutil
+import signal
 import site
 import statistics
 import subprocess
@@ -207,11 +208,13 @@ class Notebook:
 
     def close(self) -> None:
         """Shut the kernel down, and end what it has left."""
-        self.kernel.close()
-        for process in self.processes():
-            with contextlib.suppress(psutil.Error):
-                process.kill()
-        shutil.rmtree(self.folder, ignore_errors=True)
+        try:
+            self.kernel.close()
+        finally:
+            for process in self.processes():
+                with contextlib.suppress(psutil.Error):
+                    process.kill()
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def processes(self) -> list[psutil.Process]:
         """Return the processes that descend from this kernel."""
@@ -290,8 +293,9 @@ class Benchmark:
 
     def close(self) -> None:
         """Close the kernels."""
-        for notebook in self._notebooks.values():
-            notebook.close()
+        with contextlib.ExitStack() as stack:
+            for notebook in self._notebooks.values():
+                stack.callback(notebook.close)
         self._notebooks.clear()
 
     def _of(self, tool: Tool) -> Notebook:
@@ -555,6 +559,9 @@ def main() -> None:
     tools = [tool for tool in TOOLS if tool.name.startswith(tuple(given.tools.split(",")))]
     kept = Path(given.results) if given.results else None
     results: dict[str, Any] = json.loads(kept.read_text()) if kept is not None and kept.exists() else {}
+    # In the background of a script an interrupt is ignored; and whichever way this ends, kernels are closed.
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.default_int_handler)
     with tempfile.TemporaryDirectory() as name:
         os.environ["TMPDIR"] = name
         benchmark = Benchmark(Path(name), given.repeat, tools)
