@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 from IPython.core.error import UsageError
 
@@ -16,6 +15,8 @@ from nbddp._errors import LaunchError
 from nbddp._options import OptionError, Options, parse
 from nbddp._results import Wanted
 from nbddp._script import Cell
+
+_Result = TypeVar("_Result")
 
 
 class KeptCommands:
@@ -128,12 +129,12 @@ class KeptCommands:
             return lines
         return [f"%%ddp {self._auto_options} --auto\n", *lines]
 
-    @contextlib.contextmanager
-    def not_again(self) -> Iterator[None]:
-        """While a cell is prepared and runs, what it consists of is not sent once more."""
+    def not_again(self, run: Callable[[], _Result]) -> _Result:
+        """Prepare and run a cell; what it consists of is not sent once more meanwhile."""
+        # No context manager: it would set the traceback of exceptions that pass, which some classes do not allow.
         auto, self._auto_options = self._auto_options, None
         try:
-            yield
+            return run()
         finally:
             self._auto_options = self._auto_options or auto
 

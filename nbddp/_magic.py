@@ -149,8 +149,7 @@ class DDPMagics(Magics):
         try:
             if cell is None:
                 return self._line(line, scope)
-            with self.kept.not_again():
-                return self._cell(_expanded(line, scope), cell)
+            return self.kept.not_again(lambda: self._cell(_expanded(line, scope), cell))
         except HelpAsked as asked:
             sys.stdout.write(str(asked))
         except RankError:
