@@ -240,8 +240,13 @@ def prepare(
         _export(script, path)
         said(f"nbddp: kept as {path}: torchrun --nproc-per-node {devices.ranks} {path}")
     prepared = Prepared(job, client, screen, devices, kept, names, closure.met, times, said)
-    with _interruptible(gate, "the script was written; nothing was launched"):
-        prepared.write(script)
+    prepared.make_room()
+    try:
+        with _interruptible(gate, "the script was written; nothing was launched"):
+            prepared.write(script)
+    except BaseException:
+        prepared.discard()
+        raise
     # It lies in the run directory now; copies that it may hold are not to wait for the end of the run.
     closure.release()
     return prepared
@@ -330,35 +335,48 @@ class Prepared:
         """The classes and functions that the ranks have got, by number."""
         return self.met if self.kept is None else [*self.kept.definitions, *self.met]
 
+    def make_room(self) -> None:
+        """Make its directories; nothing may interrupt this, or they would stay.
+
+        Raises:
+            LaunchError: They cannot be made.
+        """
+        if self.kept is not None and self.kept.run_dir is not None:
+            self.run_dir = self.kept.run_dir
+            return
+        self.run_dir = self.client.session.new_run()
+        try:
+            if self.job.background:
+                self.logs = self.client.session.new_logs()
+            self.launch = self._what_to_launch()
+        except BaseException:
+            self.discard()
+            raise
+
     def write(self, script: Script) -> None:
         """Write the script and what it needs into the run's directory, or get it ready for kept ranks.
 
         Raises:
             LaunchError: It cannot be written.
         """
-        kept, session = self.kept, self.client.session
-        if kept is not None and kept.run_dir is not None:
-            self.run_dir = kept.run_dir
-            if not self.job.last:
-                kept.prepare(script.cell, self._arguments(script), script.closure, self.job.options.on, self.job.push)
-            return
-        self.run_dir = session.new_run()
-        try:
-            self.launch = self._what_to_launch()
-            if self.job.background:
-                self.logs = session.new_logs()
-            if kept is not None:
-                kept.run_dir, kept.devices, kept.options = self.run_dir, self.devices, self.job.options
-                kept.prepare(script.cell, self._arguments(script), script.closure, self.job.options.on, self.job.push)
-                script = script.without_cell(_closure.capture({}, {}, {}))
+        kept = self.kept
+        if kept is None:
             _write(script, self.run_dir)
-        except BaseException:
-            session.end_run(self.run_dir)
-            raise
+            return
+        new = kept.run_dir is None
+        if new:
+            kept.run_dir, kept.devices, kept.options = self.run_dir, self.devices, self.job.options
+        if not self.job.last:
+            kept.prepare(script.cell, self._arguments(script), script.closure, self.job.options.on, self.job.push)
+        if new:
+            _write(script.without_cell(_closure.capture({}, {}, {})), self.run_dir)
 
     def discard(self) -> None:
         """Delete its files, if it is not to be run."""
-        self.client.session.end_run(self.run_dir)
+        if self.kept is None or self.kept.world is None:
+            self.client.session.end_run(self.run_dir)
+        if self.logs:
+            shutil.rmtree(self.logs, ignore_errors=True)
 
     def _arguments(self, script: Script) -> dict[str, Any]:
         """Return what kept ranks need to know to run the cell."""
