@@ -254,7 +254,8 @@ def test_refusals_in_a_session(new_kernel: Callable[..., Kernel], tmp_path: Path
     assert "has been bound anew since; what is saved is what it is now" in shown
 
 
-def test_the_readme_shows_what_one_gets(kernel: Kernel, tmp_path: Path) -> None:
+def test_the_readme_shows_what_one_gets(new_kernel: Callable[..., Kernel], tmp_path: Path) -> None:
+    kernel = new_kernel()  # the cells of other tests are in the history of the shared one
     blocks = re.findall(r"^```(?:python|py)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     shown = next(block for block in blocks if "__main__" in block)
     for block in blocks[:2]:
