@@ -32,7 +32,7 @@ def comparable(text: str) -> list[str]:
 
 def test_what_it_shows_is_what_one_gets(kernel: Kernel) -> None:
     pairs = examples()
-    assert sum(expected is not None for _, expected in pairs) == 6
+    assert sum(expected is not None for _, expected in pairs) == 8
     for code, expected in pairs:
         reply = kernel.run(code)
         if expected is None:

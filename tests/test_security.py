@@ -322,10 +322,11 @@ def test_what_a_stranger_puts_into_the_store_is_not_unpickled(kernel: Kernel, tm
 
     evil = pickle.dumps(Payload())
 
+    # Now: the import alone takes longer than the cell.
+    from torch.distributed import TCPStore
+
     def attack(port: int) -> None:
         from datetime import timedelta
-
-        from torch.distributed import TCPStore
 
         store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
         import base64
