@@ -84,7 +84,7 @@ def new_kernel(open_kernels: list[Kernel]) -> Iterator[Callable[..., Kernel]]:
 
     yield start
     for kernel in own:
-        kernel.close(politely=False)
+        kernel.close(politely=kernel.ends_politely)
         open_kernels.remove(kernel)
 
 

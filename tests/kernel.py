@@ -317,6 +317,9 @@ class Kernel:
         """Shut the kernel down as a server does; what it has shown until then can still be taken note of."""
         self._manager.shutdown_kernel()
 
+    # Whether a test's own kernel is shut down at its end and not killed: without a launcher nobody would clear up.
+    ends_politely = False
+
     def close(self, *, politely: bool = True) -> None:
         """Shut the kernel down as a server does, or kill it, which is a second faster; give up its messages."""
         with contextlib.suppress(Exception):

@@ -206,6 +206,7 @@ def test_a_restarted_kernel_starts_afresh(new_kernel: Callable[..., Kernel]) -> 
 def test_a_launcher_that_cannot_import_torch_says_so(new_kernel: Callable[..., Kernel], tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise ImportError('libfoo.so.1: cannot open shared object file')")
     kernel = new_kernel(env={"PYTHONPATH": str(tmp_path)})
+    kernel.ends_politely = True
     for _ in range(2):
         reply = kernel.run("%%ddp --cpus 1\nprint(1)")
         assert reply.error == "LaunchError"
