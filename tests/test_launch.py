@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -275,7 +276,7 @@ def test_without_fork_it_is_slower_and_otherwise_the_same(new_kernel: Callable[.
 
     reply = kernel.run_and("%%ddp --cpus 2\nimport time\nprint('up')\ntime.sleep(60)", "[rank 1] up", kernel.interrupt)
     assert reply.error == "KeyboardInterrupt"
-    assert "on line 4 of the cell" in reply.traceback
+    assert re.search("on line [34] of the cell", reply.traceback)  # it has just printed
 
     reply = kernel.ok(
         "%%ddp --cpus 2 --max-restarts 1\nimport os\n"
