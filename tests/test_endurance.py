@@ -24,8 +24,8 @@ WARM = 40
 # text again: two to three kB in all. A leak of nbddp's, of a message or a file's content, would be more.
 KERNEL_BYTES = 8_000
 
-# And what malloc does not give back, however many cells there are.
-SLACK_BYTES = 2_000_000
+# And what malloc does not give back, however many cells there are: two to four MB were seen.
+SLACK_BYTES = 8_000_000
 
 # The launcher keeps nothing. What malloc does not give back makes up some hundred kB, whenever.
 LAUNCHER_BYTES = 3_000_000
