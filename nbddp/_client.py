@@ -18,7 +18,7 @@ from typing import Any
 from nbddp import _limits, _process, _settings, _wire
 from nbddp._errors import LaunchError
 from nbddp._launcher import GOODBYE, THE_END
-from nbddp._paths import Session, sweep
+from nbddp._paths import Session, remove_session, sweep
 from nbddp._stop import InterruptGate
 
 # A launcher that was told to go needs a few milliseconds; one that is importing has nothing to see to, and is killed.
@@ -271,6 +271,9 @@ class Client:
                 try:
                     process.wait(_GOODBYE_SECONDS)
                 except subprocess.TimeoutExpired:
+                    if word == THE_END and self._session is not None:
+                        # Before it is gone, not after: were this process killed in between, nobody would do it.
+                        remove_session(self._session.root)
                     process.kill()
                     process.wait()
                     died = True

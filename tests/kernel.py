@@ -271,6 +271,13 @@ class Kernel:
         shown = self.ok(f"print(repr(({expression})))").text
         return ast.literal_eval(shown)
 
+    def settles(self, expression: str, value: object, seconds: float = 5.0) -> None:
+        """Fail unless an expression has this value soon: threads and descriptors of a run may take a moment to go."""
+        deadline = time.monotonic() + seconds
+        while (now := self.get(expression)) != value:
+            assert time.monotonic() < deadline, f"{expression} is {now}, not {value}"
+            time.sleep(0.1)
+
     def interrupt(self) -> None:
         """Do what the stop button does: SIGINT to the kernel's process group."""
         os.killpg(os.getpgid(self.pid), signal.SIGINT)

@@ -89,7 +89,8 @@ def test_the_log_of_the_run_before_stays(kernel: Kernel) -> None:
     before = kernel.get(count)
     doctor(kernel)
     assert kernel.ok("%ddp log --rank 0").text == "the last words of a run\n"
-    assert kernel.get(count) == before
+    # The logs of the run before that one may have been on their way out.
+    assert kernel.get(count) <= before
 
 
 def test_few_open_files(new_kernel: Callable[..., Kernel]) -> None:

@@ -177,20 +177,6 @@ def test_a_kernel_killed_while_it_waits_for_the_launcher_to_end(
         time.sleep(0.05)
 
 
-def test_a_kernel_killed_while_it_waits_for_its_launcher_leaves_nothing(new_kernel: Callable[..., Kernel]) -> None:
-    """As a server does that has waited long enough for a kernel to shut down."""
-    kernel = new_kernel()
-    kernel.ok("%%ddp --cpus 1\npass")
-    launcher = launcher_of(kernel)
-    launcher.suspend()
-    kernel.client.execute("%unload_ext nbddp")
-    time.sleep(0.5)
-    kernel.kill()
-    # What it has left, files of the session among it, is seen to at the end of each test.
-    launcher.resume()
-    launcher.wait(timeout=10)
-
-
 def test_a_restarted_kernel_starts_afresh(new_kernel: Callable[..., Kernel]) -> None:
     kernel = new_kernel()
     kernel.client.execute("%%ddp --cpus 2\nimport time\ntime.sleep(100)")
