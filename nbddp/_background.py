@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nbddp import _job, _limits
+from nbddp import _allocation, _job, _limits
 from nbddp._devices import gpus_of
-from nbddp._errors import LaunchError, NbddpError, RankError
+from nbddp._errors import LaunchError, NbddpError
 from nbddp._screen import CellScreen, MimeBundle, NotebookScreen, screen_of
 from nbddp._stop import InterruptGate
 
@@ -61,15 +61,20 @@ class BackgroundRun:
     def start(self) -> None:
         """Begin. Raises LaunchError if no thread can be started."""
         running[self.name] = self
+        _allocation.take(self, self.gpus, f"{self.name} ({self.name}.stop() ends it)")
         # Anew, so that it comes before the end of the session, whose logs it saves.
         atexit.unregister(_end_with_kernel)
         atexit.register(_end_with_kernel)
         try:
             self._thread.start()
         except RuntimeError as error:
-            del running[self.name]
+            self._forget()
             self._prepared.discard()
             raise LaunchError(_limits.no_more_processes("cannot start a run in the background")) from error
+
+    def _forget(self) -> None:
+        running.pop(self.name, None)
+        _allocation.release(self)
 
     # What its user asks.
 
@@ -189,12 +194,14 @@ class BackgroundRun:
                     self._show_value()
                 except BaseException as error:
                     # Without the frames, which hold the run and its data.
-                    self._error = error.with_traceback(None) if isinstance(error, _EXPECTED) else error
+                    self._error = (
+                        error.with_traceback(None) if isinstance(error, NbddpError | KeyboardInterrupt) else error
+                    )
                 finally:
                     with self._lock:
                         self._open = False
         finally:
-            running.pop(self.name, None)
+            self._forget()
             self._done.set()
             with contextlib.suppress(Exception):  # the front end may be gone
                 if not self._ended_with_kernel:
@@ -349,11 +356,6 @@ def name_for(asked: str, space: Mapping[str, Any]) -> str:
     return asked
 
 
-def gpus_in_use() -> dict[str, str]:
-    """Return the GPUs of all runs, as the driver knows them, and how to end what uses each."""
-    return {gpu: f"{run.name} ({run.name}.stop() ends it)" for run in list(running.values()) for gpu in run.gpus}
-
-
 def end_all(what: str = "the kernel") -> tuple[str, str]:
     """Stop all runs; what they have printed is saved beside the notebook.
 
@@ -403,10 +405,6 @@ def _note() -> str:
     """Return the file by which a kernel tells the next one of the same notebook."""
     notebook = os.environ.get("JPY_SESSION_NAME", "")  # Jupyter's servers set it
     return os.path.join(_LOGS, f".ended-{zlib.crc32(notebook.encode()):08x}")
-
-
-# What ends a run and is no fault of nbddp's.
-_EXPECTED = (NbddpError, KeyboardInterrupt, RankError)
 
 
 def _in_short(error: BaseException) -> str:

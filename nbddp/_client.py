@@ -11,11 +11,11 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
-from nbddp import _limits, _process, _settings, _wire
+from nbddp import _allocation, _limits, _process, _settings, _wire
 from nbddp._errors import LaunchError
 from nbddp._launcher import GOODBYE, THE_END
 from nbddp._paths import Session, remove_session, sweep
@@ -34,13 +34,11 @@ class Client:
     """One per kernel: its session directory and its launcher. Safe to use from any thread.
 
     Attributes:
-        in_use: Returns what else runs that would end with the launcher; None if there is nothing.
         cannot_fork: True once a forked rank found that it cannot use CUDA; runs then start new interpreters.
     """
 
     def __init__(self) -> None:
         self.cannot_fork = False
-        self.in_use: Callable[[], str | None] = lambda: None
         self._lock = threading.RLock()
         self._session: Session | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -68,10 +66,10 @@ class Client:
                 if wanted == self._started_with:
                     return []
                 changed = sorted({name for name, _ in wanted.items() ^ self._started_with.items()})
-                if (others := self.in_use()) is not None:
+                if others := _allocation.holders():
                     raise LaunchError(
                         f"{', '.join(changed)} changed, which torch reads when it loads; loading it anew would end "
-                        f"{others}. End that first, or set the variable back"
+                        f"{' and '.join(others)}. End that first, or set the variable back"
                     )
             self._stop_launcher()
             ours, theirs = _socketpair()
@@ -302,7 +300,7 @@ def _socketpair() -> tuple[socket.socket, socket.socket]:
 
 def _cannot_start(error: OSError) -> LaunchError:
     what = "cannot start the launcher"
-    return LaunchError(_limits.explanation(what, str(error), doing="Popen") or f"{what}: {error}")
+    return LaunchError(_limits.explanation(what, str(error), starting=True) or f"{what}: {error}")
 
 
 def _path_for_launcher() -> list[str]:

@@ -18,11 +18,12 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbddp import (
+    _allocation,
     _backends,
     _client,
     _closure,
@@ -79,7 +80,6 @@ class Job:
         idle: Seconds without a cell after which kept ranks end; 0 for never.
         last: Whether kept ranks are to end, in place of a cell.
         background: The name of a run during which other cells run, whose logs are not the last run's; else empty.
-        in_use: Returns the GPUs that other runs use; see `nbddp._devices.choose`.
     """
 
     cell: Cell
@@ -100,7 +100,6 @@ class Job:
     idle: float = _kept.IDLE_SECONDS
     last: bool = False
     background: str = ""
-    in_use: Callable[[], Mapping[str, str]] = dict
 
 
 @dataclass
@@ -131,7 +130,7 @@ def perform(job: Job, client: _client.Client, screen: Screen) -> Finished:
             if not job.options.keep:
                 return prepare(job, client, screen, gate).run(gate)
             idle = job.idle if job.options.idle is None else job.options.idle
-            with _kept.borrowed(idle, screen) as kept:
+            with _kept.Borrowed(idle, screen) as kept:
                 return prepare(job, client, screen, gate, kept).run(gate)
     except NbddpError:
         raise  # it may be an OSError as well: what a rank has raised
@@ -210,7 +209,8 @@ def prepare(
         said(f"nbddp: {', '.join(changed)} changed, which torch reads when it loads; loading it anew")
     if kept is not None:
         kept.check(job.options)
-    names = _names_to_send(job, kept, said)
+    held = kept.held_by_all() - frozenset(job.push) if kept is not None else frozenset()
+    names = _names_to_send(job, kept, held, said)
     with _interruptible(gate, f"what {job.place} uses was pickled; nothing was launched"):
         closure = _closure.capture(
             names,
@@ -218,13 +218,13 @@ def prepare(
             job.lines,
             job.place,
             known=kept.definitions if kept is not None else (),
-            held=kept.held_by_all() - frozenset(job.push) if kept is not None else (),
+            held=held,
         )
     times["captured"] = time.monotonic()
     if kept is not None and kept.devices is not None:
         devices = kept.devices
     else:
-        devices = _devices.choose(job.options, env, lambda: client.count_gpus(env, gate), job.in_use())
+        devices = _devices.choose(job.options, env, lambda: client.count_gpus(env, gate), _allocation.in_use())
         _check_backend(job.options, devices, lambda: client.backends(env, gate))
         if devices.note:
             said(devices.note)
@@ -252,16 +252,14 @@ def prepare(
     return prepared
 
 
-def _names_to_send(job: Job, kept: _kept.Kept | None, say: Callable[[str], None]) -> dict[str, Any]:
-    """Return what the cell uses of the notebook; but for what kept ranks hold."""
-    names = dict(job.names)
-    if kept is not None:
-        if newer := [name for name in kept.newer(names) if name not in job.push]:
-            listed = ", ".join(newer)
-            say(f"nbddp: the ranks go on with their own {listed}; %ddp push {' '.join(newer)} sends the notebook's new")
-        held = kept.held_by_all() - frozenset(job.push)
-        names = {name: value for name, value in names.items() if name not in held}
-    return names | _plots.settings()
+def _names_to_send(
+    job: Job, kept: _kept.Kept | None, held: Collection[str], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Return what the cell uses of the notebook; but for what kept ranks hold, and are to go on with."""
+    if kept is not None and (newer := kept.newer(job.names, held)):
+        listed = ", ".join(newer)
+        say(f"nbddp: the ranks go on with their own {listed}; %ddp push {' '.join(newer)} sends the notebook's new")
+    return {name: value for name, value in job.names.items() if name not in held} | _plots.settings()
 
 
 class _Said:
@@ -451,7 +449,7 @@ class Prepared:
             if kept is None:
                 stack.callback(world.close)
             else:
-                kept.open(world, secret)
+                kept.open(world)
             return self._follow(world, relay, gate)
 
     def _relay(self, secret: str, stack: contextlib.ExitStack) -> Relay:

@@ -11,9 +11,10 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from nbddp import _allocation, _settings
 from nbddp._devices import Devices, gpus_of
 from nbddp._errors import LaunchError, RunLostError
 from nbddp._memory import Meter
@@ -48,7 +49,6 @@ class Kept:
         options: The options that they were started with.
         devices: What they run on.
         run_dir: Their files.
-        secret: Stands in the marks of their output.
         world: Their processes; None before the first cell, and after the end.
         definitions: Classes and functions that they have got, by number.
         since: When they were started (``time.time``).
@@ -60,7 +60,6 @@ class Kept:
         self.options = Options()
         self.devices: Devices | None = None
         self.run_dir: RunDir | None = None
-        self.secret = ""
         self.world: World | None = None
         self.definitions: list[Any] = []
         self.since = time.time()
@@ -75,6 +74,12 @@ class Kept:
         self._watcher: threading.Thread | None = None
         self._wake: tuple[int, int] | None = None
         self.lost: str | None = None
+
+    @property
+    def secret(self) -> str:
+        """What stands in the marks of their output."""
+        assert self.world is not None
+        return self.world.launch.env[_settings.MARK]
 
     # What they hold.
 
@@ -97,10 +102,10 @@ class Kept:
                 holders.setdefault(name, []).append(rank)
         return holders
 
-    def newer(self, names: Mapping[str, Any]) -> list[str]:
-        """Return, once, the names of which the notebook has another value now than the ranks have got."""
+    def newer(self, names: Mapping[str, Any], held: Collection[str]) -> list[str]:
+        """Return, once, the names among those held of which the notebook has another value now than it has sent."""
         newer = []
-        for name in sorted(self.held_by_all() & names.keys() & self._sent.keys()):
+        for name in sorted(names.keys() & self._sent.keys() & set(held)):
             if self._sent[name] != id(names[name]):
                 newer.append(name)
                 self._sent[name] = id(names[name])
@@ -139,9 +144,11 @@ class Kept:
         if options.on is not None and max(options.on) >= kept.ranks:
             raise LaunchError(f"--on {max(options.on)}: the kept ranks are {rank_list(range(kept.ranks))[6:]}")
 
-    def open(self, world: World, secret: str) -> None:
+    def open(self, world: World) -> None:
         """Take the processes, which are about to be started."""
-        self.world, self.secret = world, secret
+        assert self.devices is not None
+        self.world = world
+        _allocation.take(self, gpus_of(self.devices, world.launch.env), "the kept ranks (%ddp stop ends them)")
 
     def prepare(
         self,
@@ -269,6 +276,7 @@ class Kept:
                 self.world.let_go(done=False, wait=True)
             self.world.close()
             self.world = None
+            _allocation.release(self)
 
     # Between two cells.
 
@@ -401,37 +409,55 @@ def current() -> Kept | None:
     return _current if _current is not None and _current.world is not None else None
 
 
-@contextlib.contextmanager
-def borrowed(idle: float, screen: Screen) -> Iterator[Kept]:
-    """Have the kept ranks for a cell; if there are none, what they will be.
+class Borrowed:
+    """Has the kept ranks for a cell; if there are none, what they will be.
+
+    Not made by ``contextlib.contextmanager``, which sets the traceback of what passes through: some exceptions refuse.
 
     Args:
         idle: Seconds without a cell after which they end; 0 for never.
         screen: Where the cell that has them shows its output, and they what happens later.
-
-    Raises:
-        LaunchError: Another thread has them.
-        RunLostError: They have ended since the last cell.
     """
-    global _current
-    if not _busy.acquire(blocking=False):
-        raise LaunchError("the kept ranks are busy with another cell. Wait for its end, or run this one without --keep")
-    try:
-        kept, _current = _current or Kept(), None
-        kept.take()
-        if kept.lost is not None:
-            raise RunLostError(
-                f"{kept.lost}, and the kept ranks are gone: what they held is lost. Run the cell again, and those "
-                "before it that it needs, for new ones"
+
+    def __init__(self, idle: float, screen: Screen) -> None:
+        self._idle, self._screen = idle, screen
+        self._kept = Kept()
+
+    def __enter__(self) -> Kept:
+        """Take them.
+
+        Raises:
+            LaunchError: Another thread has them.
+            RunLostError: They have ended since the last cell.
+        """
+        global _current
+        if not _busy.acquire(blocking=False):
+            raise LaunchError(
+                "the kept ranks are busy with another cell. Wait for its end, or run this one without --keep"
             )
         try:
-            yield kept
+            if _current is not None:
+                self._kept, _current = _current, None
+            self._kept.take()
+            if self._kept.lost is not None:
+                raise RunLostError(
+                    f"{self._kept.lost}, and the kept ranks are gone: what they held is lost. Run the cell again, and "
+                    "those before it that it needs, for new ones"
+                )
+        except BaseException:
+            _busy.release()
+            raise
+        return self._kept
+
+    def __exit__(self, *_: object) -> None:
+        """Give them back, to be watched until the next cell."""
+        global _current
+        try:
+            if self._kept.world is not None:
+                self._kept.watch(self._idle, of_this_cell(self._screen))
+                _current = self._kept
         finally:
-            if kept.world is not None:
-                kept.watch(idle, of_this_cell(screen))
-                _current = kept
-    finally:
-        _busy.release()
+            _busy.release()
 
 
 def drop() -> None:
@@ -441,14 +467,6 @@ def drop() -> None:
     if kept is not None:
         kept.take()
         kept.close()
-
-
-def gpus_in_use() -> dict[str, str]:
-    """Return the GPUs of the kept ranks, as the driver knows them, and how to end these."""
-    kept = current()
-    if kept is None or kept.world is None or kept.devices is None:
-        return {}
-    return dict.fromkeys(gpus_of(kept.devices, kept.world.launch.env), "the kept ranks (%ddp stop ends them)")
 
 
 def status(kept: Kept) -> list[str]:

@@ -334,7 +334,7 @@ class Launcher:
 
 def _refusal(error: OSError) -> str:
     what = "cannot start a process"
-    return _limits.explanation(what, str(error), doing="fork") or f"{what}: {error.strerror}"
+    return _limits.explanation(what, str(error), starting=True) or f"{what}: {error.strerror}"
 
 
 def _spawn(launch: _agent.Launch) -> int:

@@ -167,16 +167,16 @@ def no_more_processes(what: str) -> str:
 
 def explanation_of_error(said: str, traceback: str) -> str | None:
     """Return what a rank's exception most likely means, if its message tells of one of these limits."""
-    return explanation(_MOST_LIKELY, said, doing=traceback)
+    return explanation(_MOST_LIKELY, said, starting=_STARTS.search(traceback) is not None)
 
 
-def explanation(what: str, said: str, *, doing: str | None = None) -> str | None:
+def explanation(what: str, said: str, *, starting: bool = False) -> str | None:
     """Return the message for something that failed, if what was said about it tells of one of these limits.
 
     Args:
         what: What failed, such as "cannot start a run".
         said: What was said about it.
-        doing: The calls that led to it; `said` itself if None.
+        starting: Whether a process or a thread was being started; if not, that may still be said.
     """
     if (found := _SEMAPHORE_SAID.search(said)) is not None and not _FILES_SAID.search(said):
         reason = found[1].lower()
@@ -184,7 +184,7 @@ def explanation(what: str, said: str, *, doing: str | None = None) -> str | None
         return f"{what}: it needs semaphores, whose place is /dev/shm, and can make none there: {reason}. {step}"
     if _FILES_SAID.search(said):
         return no_more_files(what)
-    if _PROCESSES_SAID.search(said) or (_TRY_AGAIN_SAID.search(said) and _STARTS.search(doing or said)):
+    if _PROCESSES_SAID.search(said) or (_TRY_AGAIN_SAID.search(said) and (starting or _STARTS.search(said))):
         return no_more_processes(what)
     return None
 

@@ -250,7 +250,6 @@ class DDPMagics(Magics):
             grace=self.grace,
             large=self.large,
             idle=self.idle,
-            in_use=_gpus_in_use,
             view=View(
                 options.ranks if options.on is None or options.ranks is not None else options.on,
                 plain=options.plain or self.plain or _settings.plain({**os.environ, **options.env}),
@@ -541,18 +540,6 @@ def _stale_optimizers(space: Mapping[str, Any], results: Mapping[str, Any]) -> s
     return ""
 
 
-def _what_else_runs() -> str | None:
-    """Return what would end with the launcher; None if there is nothing."""
-    others = list(_background.running)
-    if _kept.current() is not None:
-        others.append("the kept ranks (%ddp stop)")
-    return " and ".join(others) or None
-
-
-def _gpus_in_use() -> dict[str, str]:
-    return _background.gpus_in_use() | _kept.gpus_in_use()
-
-
 def _wanted(options: Options) -> Wanted:
     asked = [f"--out {','.join(options.out)}"] if options.out else []
     asked += [f"--gather {','.join(options.gather)}"] if options.gather else []
@@ -589,7 +576,6 @@ def load(shell: Any) -> None:
     refuse_in_rank("%load_ext nbddp")
     sys.stdout.write(_background.said_by_the_last_kernel())
     magics = DDPMagics(shell)
-    client.in_use = _what_else_runs
     shell.register_magics(magics)
     shell.events.register("post_run_cell", magics.note_failure)
     shell.input_transformers_cleanup.insert(0, _keep_empty_body)

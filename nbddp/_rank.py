@@ -213,6 +213,8 @@ def _whatever_happens(namespace: dict[str, Any]) -> dict[str, Any]:
 
 def _serve_cells(kept: _serve.Kept, notebook: _uplink.Uplink) -> None:
     """Run the cells that the notebook sends, until it sends no more."""
+    from nbddp import _group
+
     assert _state.run_dir is not None
     notebook.ready()
     while (request := kept.next_request(notebook)) is not None:
@@ -225,7 +227,7 @@ def _serve_cells(kept: _serve.Kept, notebook: _uplink.Uplink) -> None:
         notebook.report(times=_state.times, **outcome)
         failed = outcome["outcome"] != "done"
         pickled = _interrupts.interruptibly(_state.write_exception) if failed else None
-        notebook.idle(pickled, kept.held(), kept.backend())
+        notebook.idle(pickled, kept.held(), _group.backend())
 
 
 def _run_cell(

@@ -9,7 +9,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nbddp import _group, _interrupts, _plots
+from nbddp import _interrupts, _plots
 from nbddp._names import GIVEN_NAMES
 from nbddp._outcome import INTERRUPTED, outcome_of, show_sources
 from nbddp._paths import RunDir
@@ -54,22 +54,16 @@ class Kept:
             run_cell: Runs the cell, given its arguments.
             begin: Tells the notebook that the cell begins.
         """
-        outcome = _interrupts.interruptibly(lambda: self._whatever_happens(request, state, run_cell, begin))
-        return outcome or dict(INTERRUPTED)
 
-    def _whatever_happens(
-        self,
-        request: Mapping[str, Any],
-        state: Any,
-        run_cell: Callable[..., dict[str, Any]],
-        begin: Callable[[str], None],
-    ) -> dict[str, Any]:
-        try:
-            # From here on an interrupt is the cell's to handle, though its names are not there yet.
-            begin(request["arguments"]["filename"])
-            return self._run(request, state, run_cell)
-        except BaseException as error:
-            return outcome_of(error, ())
+        def whatever_happens() -> dict[str, Any]:
+            try:
+                # From here on an interrupt is the cell's to handle, though its names are not there yet.
+                begin(request["arguments"]["filename"])
+                return self._run(request, state, run_cell)
+            except BaseException as error:
+                return outcome_of(error, ())
+
+        return _interrupts.interruptibly(whatever_happens) or dict(INTERRUPTED)
 
     def _run(self, request: Mapping[str, Any], state: Any, run_cell: Callable[..., dict[str, Any]]) -> dict[str, Any]:
         target = Target(self.namespace, self.namespace, sender_has=self._received, device=self._device)
@@ -101,10 +95,6 @@ class Kept:
             if not name.startswith("_") and (name not in self._own or name in GIVEN_NAMES)
         }
 
-    def backend(self) -> str:
-        """Return the backend of the default process group; an empty string if there is none."""
-        return _group.backend()
-
     def regroup(self, run_dir: RunDir, backend: str, place: int) -> str:
         """Make the default process group anew, since its members may have broken off in the middle of a collective.
 
@@ -116,6 +106,8 @@ class Kept:
         Returns:
             What went wrong; an empty string if nothing did.
         """
+        from nbddp import _group
+
         try:
             _group.make_anew(backend, self._device, run_dir, place)
         except Exception as error:

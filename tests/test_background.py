@@ -247,7 +247,7 @@ def test_what_torch_reads_when_it_loads_cannot_change_meanwhile(kernel: Kernel) 
     asleep(kernel, "train", ranks=1)
     reply = kernel.run("%%ddp --cpus 1 --env TORCH_SHOW_CPP_STACKTRACES=1 --env PYTHONHASHSEED=3\n1")
     assert reply.error == "LaunchError", reply.text
-    assert "loading it anew would end train. End that first" in reply.message
+    assert "loading it anew would end train (train.stop() ends it). End that first" in reply.message
     assert kernel.get("train.status") == "running"
     kernel.ok("train.stop()")
 

@@ -53,6 +53,12 @@ def kept(kernel: Kernel) -> bool:
     return there
 
 
+def test_an_exception_that_lets_nothing_be_set_comes_as_it_is(ranks: Kernel) -> None:
+    ranks.ok("class Stubborn(Exception):\n    def __setattr__(self, *_): raise RuntimeError('frozen')")
+    assert ranks.run(f"{KEEP}raise Stubborn('s')").error == "Stubborn"
+    assert ranks.ok(f"{KEEP}print('on')").lines == ["[rank 0] on", "[rank 1] on"]
+
+
 # What is held.
 
 

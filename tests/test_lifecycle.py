@@ -91,6 +91,13 @@ def test_the_rendezvous_module_is_light() -> None:
     assert run.stdout == "False 3\n"
 
 
+def test_what_the_script_imports_is_light() -> None:
+    # So does every worker process that a rank spawns.
+    code = "import sys, nbddp._rank; print([m for m in ('torch', 'IPython', 'numpy') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "[]\n"
+
+
 def test_public_names() -> None:
     assert nbddp.__all__ == sorted(nbddp.__all__)
     for name in nbddp.__all__:
