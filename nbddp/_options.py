@@ -372,6 +372,11 @@ def _make_parser() -> _Parser:
     add("--bg", nargs="?", const="", metavar="NAME", help="return at once, with a handle that is bound to NAME")
     add("--share", action="store_true", help="use GPUs also where kept ranks or background runs use them")
     add("--auto", action="store_true", help=argparse.SUPPRESS)
+    # What a line says against the defaults.
+    for name in ("plain", "keep", "share"):
+        add(f"--no-{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
+    add("--no-bg", dest="bg", action="store_const", const=None, help=argparse.SUPPRESS)
+    add("--init", action="store_true", help=argparse.SUPPRESS)
     add("--keep-script", metavar="PATH", help="leave the generated script at PATH; plain torchrun runs it")
     add("--nnodes", type=_number, metavar="N", help="N machines, on each of which the same cell is run by hand")
     add("--node-rank", type=_number, metavar="K", help="which of them this one is, from 0")
@@ -396,6 +401,8 @@ def parse(line: str, defaults: str = "") -> RunOptions:
     before = _given(defaults)
     if DEVICES & given.keys():
         before = {name: value for name, value in before.items() if name not in DEVICES}
+    if not given.get("keep", True):
+        before = {name: value for name, value in before.items() if name not in ("on", "idle")}
     env = {**before.get("env", {}), **given.get("env", {})}
     options = RunOptions(**{**before, **given, "env": env})
     if options.out_device is not None and not (options.out or options.gather) and "out_device" in given:

@@ -19,6 +19,10 @@ def test_what_stands_on_the_line_wins() -> None:
     assert parse("--env A=2", "--env A=1 --env B=1").env == {"A": "2", "B": "1"}
     assert parse("--out a", "--out b").out == ("a",)
     assert parse("", "--timeout 5").timeout == 5
+    everything = "--cpus 2 --plain --keep --idle 60 --share --no-init"
+    undone = parse("--no-plain --no-keep --no-share --init", everything)
+    assert undone == parse("--cpus 2")
+    assert parse("--no-bg", "--cpus 2 --bg train").bg is None
     # It says where results are put if there are any.
     assert parse("", "--out-device cuda:0").out_device == "cuda:0"
     with pytest.raises(OptionError, match="--out or --gather say which"):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
-
 from tests.kernel import Kernel
 
 ROOT = Path(__file__).parent.parent
@@ -40,17 +38,3 @@ def test_what_it_shows_is_what_one_gets(kernel: Kernel) -> None:
         else:
             shown = reply.traceback or (reply.value or {}).get("text/plain") or reply.text
             assert comparable(shown) == comparable(expected)
-
-
-@pytest.mark.parametrize(
-    "name", ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/export.md", "docs/machines.md"]
-)
-def test_no_link_is_broken(name: str) -> None:
-    text = (ROOT / name).read_text()
-    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", text):
-        path, _, anchor = target.partition("#")
-        file = ((ROOT / name).parent / path) if path else ROOT / name
-        assert file.exists(), target
-        if anchor:
-            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
-            assert anchor in [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
