@@ -13,9 +13,9 @@ SHELL_TESTS = $(patsubst %,tests/test_%.py,cell completion config errors express
 demo: .venv/demo
 	.venv/bin/python -m nbddp notebooks/01_quickstart.ipynb
 
-test: .venv/test .venv/oldest/made check browser
+test: .venv/test .venv/libraries/made .venv/oldest/made check browser
 	.venv/bin/python -m pytest
-	NBDDP_PLAIN=1 .venv/bin/python -m pytest --nbval notebooks
+	NBDDP_PLAIN=1 .venv/libraries/bin/python -m pytest --nbval notebooks
 	# What IPython has a part in, once more on the oldest; its warnings are of its own time.
 	.venv/oldest/bin/python -m pytest -p no:nbval -W default -m "not slow" $(SHELL_TESTS)
 
@@ -43,8 +43,8 @@ browser:
 	command -v chromium > /dev/null || echo "no browser: the tests in JupyterLab will be skipped"
 
 # Run the notebooks anew and save what they show, which `make test` then holds them to.
-notebooks: .venv/test
-	NBDDP_PLAIN=1 .venv/bin/python -m tests.save_notebooks notebooks/*.ipynb
+notebooks: .venv/libraries/made
+	NBDDP_PLAIN=1 .venv/libraries/bin/python -m tests.save_notebooks notebooks/*.ipynb
 
 bench: .venv/test
 	.venv/bin/python -m pip install --quiet -e '.[bench]'
@@ -66,13 +66,13 @@ bench: .venv/test
 	.venv/bin/python -m pip install --quiet -e '.[test,demo]'
 	touch $@
 
-# What is not installed here is found in the first environment.
-.venv/oldest/made: .venv/test tests/oldest.txt
-	.venv/bin/python -m venv .venv/oldest
+# The oldest IPython; and the libraries that the notebooks show. What is not installed here is found in the first environment.
+.venv/%/made: .venv/test tests/%.txt
+	.venv/bin/python -m venv .venv/$*
 	.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
-		> $$(.venv/oldest/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/rest.pth
-	.venv/oldest/bin/python -m pip install --quiet -r tests/oldest.txt
-	.venv/oldest/bin/python -m pip install --quiet --no-deps -e .
+		> $$(.venv/$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/rest.pth
+	.venv/$*/bin/python -m pip install --quiet -r tests/$*.txt
+	.venv/$*/bin/python -m pip install --quiet --no-deps -e .
 	touch $@
 
 clean:
