@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from nbddp import _backends
-from nbddp._options import option_names, takes_value
+from nbddp._option_line import option_names, takes_value
 
 # What the words behind nbddp's own commands are.
 _OF_LOG = ("--rank", "--tail", "--save")

@@ -25,7 +25,8 @@ from nbddp._cells import Cell, Piece, Transform
 from nbddp._errors import ExportError
 from nbddp._names import GIVEN_NAMES, Uses
 from nbddp._needed import Needed, State
-from nbddp._options import HelpAsked, OptionError, Options, parse
+from nbddp._option_line import HelpAsked, parse
+from nbddp._options import OptionError, Options
 from nbddp._standalone import CannotExport, Origin, Saved, Script
 
 # A magic that changes what the cells below find, and whose counterpart is a command that somebody has to run.

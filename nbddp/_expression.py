@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbddp import _names
-from nbddp._options import OptionError, takes_value
+from nbddp._option_line import takes_value
+from nbddp._options import OptionError
 from nbddp._script import Cell
 
 # The name that an expression's value gets in the ranks: what stands for the last result in a notebook, too.

@@ -12,7 +12,8 @@ from IPython.core.error import UsageError
 
 from nbddp import _kept
 from nbddp._errors import LaunchError
-from nbddp._options import OptionError, Options, parse
+from nbddp._option_line import parse
+from nbddp._options import OptionError, Options
 from nbddp._results import Wanted
 from nbddp._script import Cell
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypedDict
 
-from nbddp._options import DEVICES, OptionError, RunOptions, meant_by, option_of
+from nbddp._option_line import meant_by
+from nbddp._options import DEVICES, OptionError, RunOptions, option_of
 
 
 class OptionKeywords(TypedDict, total=False):

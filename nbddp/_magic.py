@@ -45,7 +45,8 @@ from nbddp._background import BackgroundRun, BackgroundScreen
 from nbddp._errors import LaunchError, NbddpError, RankError, ResultError
 from nbddp._function import client, refuse_in_rank
 from nbddp._kept_commands import KeptCommands
-from nbddp._options import HelpAsked, OptionError, Options, help_text, parse
+from nbddp._option_line import HelpAsked, help_text, parse
+from nbddp._options import OptionError, Options
 from nbddp._relay import DISPLAY_LIMIT, TEXT_LIMIT, View
 from nbddp._results import Wanted
 from nbddp._screen import screen_of

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from nbddp._options import OptionError, parse
+from nbddp._option_line import parse
+from nbddp._options import OptionError
 from tests.kernel import Kernel
 
 

@@ -16,7 +16,7 @@ import pytest
 import nbddp
 from nbddp import RunOptions
 from nbddp._keywords import OptionKeywords
-from nbddp._options import option_names
+from nbddp._option_line import option_names
 from tests.kernel import Kernel
 
 SCRIPT = """

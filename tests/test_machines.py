@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from nbddp import _machines
-from nbddp._options import OptionError, parse
+from nbddp._option_line import parse
+from nbddp._options import OptionError
 from tests.kernel import Kernel, Request
 
 # New interpreters, agent and ranks, import torch, on two machines at once.

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nbddp._options import HelpAsked, OptionError, Options, help_text, option_names, parse
+from nbddp._option_line import HelpAsked, help_text, option_names, parse
+from nbddp._options import OptionError, Options
 from tests.kernel import Kernel
 
 
