@@ -16,9 +16,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nbddp import _allocation, _job, _limits
+from nbddp import _allocation, _limits
 from nbddp._devices import gpus_of
 from nbddp._errors import LaunchError, NbddpError
+from nbddp._prepared import Finished, Prepared
 from nbddp._screen import CellScreen, MimeBundle, NotebookScreen, screen_of
 from nbddp._stop import InterruptGate
 
@@ -41,7 +42,7 @@ class BackgroundRun:
         name: What it is called.
     """
 
-    def __init__(self, name: str, prepared: _job.Prepared, screen: BackgroundScreen) -> None:
+    def __init__(self, name: str, prepared: Prepared, screen: BackgroundScreen) -> None:
         self.name = name
         self._prepared = prepared
         self._screen = screen
@@ -51,7 +52,7 @@ class BackgroundRun:
         self._open = self._pressed = self._ended_with_kernel = False
         self._logs = prepared.logs
         self._pid = os.getpid()
-        self._finished: _job.Finished | None = None
+        self._finished: Finished | None = None
         self._error: BaseException | None = None
         self._began = time.monotonic()
         self._thread = threading.Thread(target=self._follow, name=f"nbddp-{name}", daemon=True)

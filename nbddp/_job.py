@@ -11,15 +11,10 @@ results. The directory of the run is gone when this returns, whichever way it do
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
-import secrets
-import shutil
-import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from nbddp import (
@@ -31,30 +26,18 @@ from nbddp import (
     _kept,
     _limits,
     _plots,
-    _process,
-    _results,
-    _settings,
-    _wire,
 )
-from nbddp._agent import Launch, torchrun_options
-from nbddp._errors import LaunchError, NbddpError, RunLostError
-from nbddp._memory import Meter
+from nbddp._agent import torchrun_options
+from nbddp._errors import LaunchError, NbddpError
 from nbddp._names import GIVEN_NAMES
 from nbddp._options import Options
-from nbddp._paths import RunDir, cannot_write, format_size
-from nbddp._relay import Relay, View
-from nbddp._report import Circumstances, error_of, interrupted
+from nbddp._prepared import Finished, Prepared, Said, interruptible
+from nbddp._relay import View
 from nbddp._results import Wanted
-from nbddp._run import Ending, Run
-from nbddp._running import UnderWay, running
 from nbddp._screen import Screen
 from nbddp._script import Cell, Script, Setup
 from nbddp._snapshot import Snapshot
 from nbddp._stop import GRACE_SECONDS, InterruptGate
-from nbddp._where import Sources
-from nbddp._world import World
-
-MimeBundle = tuple[dict[str, Any], dict[str, Any]]
 
 
 @dataclass
@@ -100,21 +83,6 @@ class Job:
     idle: float = _kept.IDLE_SECONDS
     last: bool = False
     background: str = ""
-
-
-@dataclass
-class Finished:
-    """What a job brought.
-
-    Attributes:
-        results: What came back, by name.
-        value: The mime bundle of the cell's value, with its metadata; None if it had none.
-        times: When each stage was complete, for benchmarks (``time.monotonic``).
-    """
-
-    results: dict[str, Any]
-    value: MimeBundle | None
-    times: dict[str, float]
 
 
 def perform(job: Job, client: _client.Client, screen: Screen) -> Finished:
@@ -177,14 +145,6 @@ def dry_run(job: Job, client: _client.Client) -> str:
     return "\n".join([*lines, *_closure.explain(job.names, job.namespace, job.lines, snapshot)])
 
 
-class _CannotFork(Exception):  # noqa: N818  # control flow
-    """Forked ranks cannot use CUDA here; nothing of the cell has run."""
-
-
-class _LauncherDied(Exception):  # noqa: N818  # control flow
-    """The launcher ended before it started the run."""
-
-
 def prepare(
     job: Job, client: _client.Client, screen: Screen, gate: InterruptGate, kept: _kept.Kept | None = None
 ) -> Prepared:
@@ -202,7 +162,7 @@ def prepare(
         KeyboardInterrupt: The user stopped it.
     """
     times = {"began": time.monotonic()}
-    said = _Said(screen)
+    said = Said(screen)
     env = {**os.environ, **job.options.env}
     # First, so that it imports while this process pickles.
     if changed := client.start(env):
@@ -211,7 +171,7 @@ def prepare(
         kept.check(job.options)
     held = kept.held_by_all() - frozenset(job.push) if kept is not None else frozenset()
     names = _names_to_send(job, kept, held, said)
-    with _interruptible(gate, f"what {job.place} uses was pickled; nothing was launched"):
+    with interruptible(gate, f"what {job.place} uses was pickled; nothing was launched"):
         closure = _closure.capture(
             names,
             job.namespace,
@@ -242,7 +202,7 @@ def prepare(
     prepared = Prepared(job, client, screen, devices, kept, names, closure.met, times, said)
     prepared.make_room()
     try:
-        with _interruptible(gate, "the script was written; nothing was launched"):
+        with interruptible(gate, "the script was written; nothing was launched"):
             prepared.write(script)
     except BaseException:
         prepared.discard()
@@ -262,304 +222,12 @@ def _names_to_send(
     return {name: value for name, value in job.names.items() if name not in held} | _plots.settings()
 
 
-class _Said:
-    """Shows lines of nbddp's own, and remembers them."""
-
-    def __init__(self, screen: Screen) -> None:
-        self._screen = screen
-        self.text = ""
-
-    def __call__(self, line: str) -> None:
-        self.text += line + "\n"
-        self._screen.write(line + "\n")
-
-
-@contextlib.contextmanager
-def _interruptible(gate: InterruptGate, what: str) -> Iterator[None]:
-    """Let an interrupt tear the code inside; say then what that was."""
-    torn = False
-    try:
-        with gate.open():
-            yield
-    except KeyboardInterrupt:
-        torn = True
-    if torn:
-        # Not where the first is handled: it would go along, with all that its frames hold.
-        raise interrupted((), f"interrupted while {what}")
-
-
 def _check_numbers(job: Job, devices: _devices.Devices, count_gpus: Callable[[], int]) -> None:
     """Refuse ranks and devices that there are not."""
     if job.view.ranks is not None and max(job.view.ranks) >= devices.ranks and job.options.nnodes == 1:
         raise LaunchError(f"--ranks {max(job.view.ranks)}: this run has {_ranks_of(devices.ranks)}")
     if job.wanted.device is not None:
         _devices.check_out_device(job.wanted.device, count_gpus)
-
-
-@dataclass
-class Prepared:
-    """A job of which everything that concerns the notebook's variables is done; to be run once, on any thread.
-
-    Attributes:
-        job: The job.
-        client: The kernel's end of the launcher.
-        screen: Where output is shown.
-        devices: What it runs on.
-        kept: The kept ranks that it is for.
-        names: What is sent.
-        met: The classes and functions that go along by value.
-        run_dir: Its files.
-        launch: What the launcher is to start, as things were when it was prepared.
-        logs: The directory of its logs, if these are its own.
-        times: When each stage was complete.
-        say: Shows a line of nbddp's own.
-    """
-
-    job: Job
-    client: _client.Client
-    screen: Screen
-    devices: _devices.Devices
-    kept: _kept.Kept | None
-    names: Mapping[str, Any]
-    met: Sequence[Any]
-    times: dict[str, float]
-    say: _Said
-    run_dir: RunDir = field(init=False)
-    launch: Launch = field(init=False)
-    logs: str = field(init=False, default="")
-
-    @property
-    def sent(self) -> Sequence[Any]:
-        """The classes and functions that the ranks have got, by number."""
-        return self.met if self.kept is None else [*self.kept.definitions, *self.met]
-
-    def make_room(self) -> None:
-        """Make its directories; nothing may interrupt this, or they would stay.
-
-        Raises:
-            LaunchError: They cannot be made.
-        """
-        if self.kept is not None and self.kept.run_dir is not None:
-            self.run_dir = self.kept.run_dir
-            return
-        self.run_dir = self.client.session.new_run()
-        try:
-            if self.job.background:
-                self.logs = self.client.session.new_logs()
-            self.launch = self._what_to_launch()
-        except BaseException:
-            self.discard()
-            raise
-
-    def write(self, script: Script) -> None:
-        """Write the script and what it needs into the run's directory, or get it ready for kept ranks.
-
-        Raises:
-            LaunchError: It cannot be written.
-        """
-        kept = self.kept
-        if kept is None:
-            _write(script, self.run_dir)
-            return
-        new = kept.run_dir is None
-        if new:
-            kept.run_dir, kept.devices, kept.options = self.run_dir, self.devices, self.job.options
-        if not self.job.last:
-            kept.prepare(script.cell, self._arguments(script), script.closure, self.job.options.on, self.job.push)
-        if new:
-            _write(script.without_cell(_closure.capture({}, {}, {})), self.run_dir)
-
-    def discard(self) -> None:
-        """Delete its files, if it is not to be run."""
-        if self.kept is None or self.kept.world is None:
-            self.client.session.end_run(self.run_dir)
-        if self.logs:
-            shutil.rmtree(self.logs, ignore_errors=True)
-
-    def _arguments(self, script: Script) -> dict[str, Any]:
-        """Return what kept ranks need to know to run the cell."""
-        return {
-            "cells": {name: number for name, (_, number) in script.sources.items()},
-            "sources": script.sources,
-            "colors": script.setup.colors,
-            "out": script.setup.out,
-            "gather": script.setup.gather,
-            "first": self.job.wanted.first,
-        }
-
-    def run(self, gate: InterruptGate) -> Finished:
-        """Run it to its end; its directory is gone then.
-
-        Raises:
-            NbddpError: It did not end well.
-            KeyboardInterrupt: The user stopped it.
-        """
-        try:
-            ending = self._run(gate)
-            with _interruptible(gate, "the results were loaded; nothing was assigned"):
-                reports = {rank: state.outcome or {} for rank, state in ending.ranks.items() if not state.spared}
-                results = _results.read(self.job.wanted, reports, self.sent, ending.ranks[0].rank)
-            for wrapper in dict.fromkeys(reports[min(reports)].get("unwrapped", ())):
-                self.say(f"nbddp: {wrapper} was unwrapped: its .module came back")
-            times = self.times | ending.times | {"results loaded": time.monotonic()}
-            return Finished(results, ending.value, times)
-        finally:
-            if self.kept is None or self.kept.world is None:
-                self.client.session.end_run(self.run_dir)
-            else:
-                self.run_dir.clear_cell()
-
-    def _run(self, gate: InterruptGate) -> Ending:
-        """Run the script on the ranks; again, if nothing of it has run and there is another way."""
-        # The ranks of a kept world are there already.
-        start_method = self.launch.start_method if self.kept is None or self.kept.world is None else ""
-        launcher_died = False
-        while True:
-            try:
-                return self._attempt(gate, start_method)
-            except _CannotFork as error:
-                self.client.cannot_fork = True
-                start_method = "spawn"
-                self.say(f"nbddp: CUDA does not work in a forked process here; starting new ones ({error})")
-            except _LauncherDied:
-                # But not for ever.
-                if launcher_died:
-                    raise self.client.launcher_died() from None
-                launcher_died = True
-            self.run_dir.renew()
-
-    def _attempt(self, gate: InterruptGate, start_method: str) -> Ending:
-        kept = self.kept
-        if kept is not None and kept.world is not None:
-            with contextlib.ExitStack() as stack:
-                return self._follow(kept.world, self._relay(kept.secret, stack), gate)
-        secret = self.launch.env[_settings.MARK]
-        launch = replace(self.launch, start_method=start_method)
-        _limits.check_files(self.devices.ranks)
-        _limits.check_processes(self.devices.ranks)
-        with contextlib.ExitStack() as stack:
-            try:
-                server = stack.enter_context(contextlib.ExitStack())
-                listening = server.enter_context(_wire.listen(self.run_dir.socket))
-                relay = self._relay(secret, stack)
-            except OSError as error:
-                raise cannot_write("prepare a run", self.run_dir.socket, error) from error
-            world = World(launch, listening, self.client.open_channel(launch.env), self.client.wake)
-            server.pop_all()
-            if kept is None:
-                stack.callback(world.close)
-            else:
-                kept.open(world)
-            return self._follow(world, relay, gate)
-
-    def _relay(self, secret: str, stack: contextlib.ExitStack) -> Relay:
-        """Return what shows the ranks' output; the stack closes it and puts the logs away."""
-        session = self.client.session
-        logs = self.logs or session.new_logs()
-        if self.job.background:
-            pass
-        elif self.job.own:
-            stack.callback(shutil.rmtree, logs, ignore_errors=True)
-        else:
-            stack.callback(session.keep_logs, logs)
-        relay = Relay(self.devices.ranks, logs, secret, self.screen, self.job.view, self.say.text)
-        stack.callback(relay.close)
-        return relay
-
-    def _follow(self, world: World, relay: Relay, gate: InterruptGate) -> Ending:
-        """See the run to its end.
-
-        Raises:
-            NbddpError: It did not end well.
-            KeyboardInterrupt: The user stopped it.
-        """
-        kept = self.kept
-        begin = world.start if kept is None else kept.leave if self.job.last else functools.partial(kept.begin, relay)
-        run = Run(
-            world,
-            relay,
-            None if self.job.view.plain or not self.screen.in_place else self.screen,
-            Meter(_devices.gpus_of(self.devices, world.launch.env)),
-            gate,
-            begin=begin,
-            stay=kept is not None and not self.job.last,
-            timeout=self.job.options.timeout,
-            grace=self.job.grace,
-            wait_until_gone=self.devices.gpus or self.job.last or world.launch.nnodes > 1,
-        )
-        oom_kills = _process.oom_kills()
-        under_way = UnderWay(run, self.run_dir, self._sources(), self.job.background)
-        running.append(under_way)
-        try:
-            ending = run.wait()
-        except OSError as error:
-            if not (world.started and _limits.is_about_files(error)):
-                raise
-            raise RunLostError(_limits.no_more_files("the run cannot be followed any more")) from error
-        finally:
-            running.remove(under_way)
-            if kept is not None and sys.exc_info()[0] is not None:
-                kept.close()
-        failure = None
-        if ending.cause != "done":
-            said = {output.rank: output.recent for output in relay.outputs}
-            failure = self._error(ending, run, gate, _process.oom_kills() - oom_kills, said)
-        if kept is not None and (line := kept.settle(ending, self.names, self.met, gate)) is not None:
-            self.say(line)
-        if world.launcher_died:
-            self.client.give_up_launcher()
-            if not world.started and ending.cause != "interrupted":
-                raise _LauncherDied
-        if failure is not None:
-            raise failure
-        return ending
-
-    def _sources(self) -> Sources:
-        return Sources(self.job.cell, self.run_dir.script, self.job.source_of)
-
-    def _what_to_launch(self) -> Launch:
-        env = _devices.environment(os.environ, self.job.options, self.devices)
-        env |= {
-            _settings.SESSION: self.client.session.name,
-            _settings.RUN_DIR: self.run_dir.root,
-            _settings.MARK: secrets.token_hex(8),
-        }
-        umask = os.umask(0o077)
-        os.umask(umask)
-        return Launch(
-            run_dir=self.run_dir.root,
-            ranks=self.devices.ranks,
-            max_restarts=self.job.options.max_restarts,
-            env=env,
-            cwd=_client.working_directory() or None,
-            umask=umask,
-            path=_client.search_path(),
-            start_method=self.client.start_method(env, self.job.options.nnodes),
-            nnodes=self.job.options.nnodes,
-            node_rank=self.job.options.node_rank or 0,
-            rdzv_endpoint=self.job.options.rdzv_endpoint,
-        )
-
-    def _error(
-        self, ending: Ending, run: Run, gate: InterruptGate, oom_kills: int, said: Mapping[int, str]
-    ) -> BaseException:
-        for state in ending.ranks.values():
-            if state.outcome is not None and state.outcome["outcome"] == "cannot fork":
-                return _CannotFork(state.outcome["message"])
-        circumstances = Circumstances(
-            self.run_dir,
-            self._sources(),
-            run.launch,
-            self.job.options.timeout,
-            gate,
-            oom_kills,
-            said,
-            known=self.job.known - set(self.job.names),
-            sent=self.sent,
-            launcher=self.client.last_words() if run.world.launcher_died else None,
-            holders=self.kept.holders() if self.kept is not None else {},
-        )
-        return error_of(ending, circumstances)
 
 
 def _check_backend(options: Options, devices: _devices.Devices, there: Callable[[], list[str]]) -> None:
@@ -610,16 +278,3 @@ def _export(script: Script, path: str) -> None:
         script.export(path)
     except OSError as error:
         raise LaunchError(f"--keep-script {path}: it cannot be written: {error.strerror}") from error
-
-
-def _write(script: Script, run_dir: RunDir) -> None:
-    """Write the script and its closure into the run directory."""
-    path = None
-    size = script.closure.nbytes
-    try:
-        if not script.embeds_closure():
-            path = run_dir.store("closure", size, script.closure.write)
-        script.write(run_dir.script, path)
-    except OSError as error:
-        what = f"write the script and {format_size(size)} of what the cell uses"
-        raise cannot_write(what, run_dir.script, error) from error

@@ -47,6 +47,7 @@ from nbddp._function import client, refuse_in_rank
 from nbddp._kept_commands import KeptCommands
 from nbddp._option_line import HelpAsked, help_text, parse
 from nbddp._options import OptionError, Options
+from nbddp._prepared import Finished
 from nbddp._relay import DISPLAY_LIMIT, TEXT_LIMIT, View
 from nbddp._results import Wanted
 from nbddp._screen import screen_of
@@ -188,7 +189,7 @@ class DDPMagics(Magics):
         self.shell.user_ns[name] = run
         return run if not asked else None
 
-    def _perform(self, job: _job.Job) -> _job.Finished:
+    def _perform(self, job: _job.Job) -> Finished:
         self._left_over = {}
         try:
             return _job.perform(job, client, screen_of(self.shell))
