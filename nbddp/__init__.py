@@ -57,13 +57,13 @@ def __getattr__(name: str) -> Any:
 
 def load_ipython_extension(shell: Any) -> None:
     """Add ``%%ddp`` and ``%ddp`` to a shell, and start the launcher in the background."""
-    from nbddp import _magic
+    from nbddp import _loading
 
-    _magic.load(shell)
+    _loading.load(shell)
 
 
 def unload_ipython_extension(shell: Any) -> None:
     """Take the magics away again, and end the launcher and all that it runs."""
-    from nbddp import _magic
+    from nbddp import _loading
 
-    _magic.unload(shell)
+    _loading.unload(shell)

@@ -7,20 +7,18 @@ Only this module knows the notebook's shell. It reads the line, prepares the cel
 
 from __future__ import annotations
 
-import argparse
 import ast
 import contextlib
 import linecache
 import os
 import shlex
 import sys
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
 from IPython.core.error import UsageError
 from IPython.core.magic import Magics, line_cell_magic, magics_class, needs_local_scope, no_var_expand
@@ -31,19 +29,17 @@ from nbddp import (
     _background,
     _cells,
     _closure,
-    _completion,
-    _doctor,
+    _commands,
     _expression,
     _job,
     _kept,
     _logs,
     _names,
-    _running,
     _settings,
 )
 from nbddp._background import BackgroundRun, BackgroundScreen
 from nbddp._errors import LaunchError, NbddpError, RankError, ResultError
-from nbddp._function import client, refuse_in_rank
+from nbddp._function import client
 from nbddp._kept_commands import KeptCommands
 from nbddp._option_line import HelpAsked, help_text, parse
 from nbddp._options import OptionError, Options
@@ -99,17 +95,6 @@ def source_of(shell: Any) -> Callable[[str], tuple[str, int | None] | None]:
 def _cell_number(shell: Any) -> int:
     """Return the number of the cell that runs; newer IPython has counted on by then."""
     return max(len(shell.history_manager.input_hist_parsed) - 1, 0)
-
-
-class _LineParser(argparse.ArgumentParser):
-    """Reads what stands behind a word of ``%ddp``."""
-
-    def __init__(self, usage: str) -> None:
-        super().__init__(add_help=False, allow_abbrev=False)
-        self._usage = usage
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{self._usage.partition(' [')[0]}: {message}. {self._usage}")
 
 
 @magics_class
@@ -272,7 +257,7 @@ class DDPMagics(Magics):
         own = {**self._own_names(), **{name: scope[name] for name in scope.keys() - self.shell.user_ns.keys()}}
         known = [*own, *self.shell.user_ns, *_names.GIVEN_NAMES]
         uses = partial(_names.Uses, transform=self.shell.transform_cell)
-        expression = _expression.read(text, known, COMMANDS, uses, _cell_number(self.shell))
+        expression = _expression.read(text, known, _commands.COMMANDS, uses, _cell_number(self.shell))
         job = self._new_job(
             cell=expression.cell,
             names=_expression.names_of(expression, own),
@@ -317,7 +302,7 @@ class DDPMagics(Magics):
 
     def _line(self, line: str, scope: Mapping[str, Any]) -> Any:
         first = (line.split(maxsplit=1) or [""])[0]
-        if first not in ("", "-h", "--help", *COMMANDS):
+        if first not in ("", "-h", "--help", *_commands.COMMANDS):
             return self._evaluate(line, scope)
         line = _expanded(line, scope)
         try:
@@ -326,14 +311,14 @@ class DDPMagics(Magics):
             raise UsageError(f"%ddp {line}: {error}") from None
         match words:
             case [] | ["-h"] | ["--help"]:
-                sys.stdout.write(LINE_HELP)
+                sys.stdout.write(_commands.LINE_HELP)
             case ["log", *asked]:
                 try:
                     _logs.show(asked, client.session.logs)
                 except ValueError as error:
                     raise UsageError(str(error)) from None
             case ["status"]:
-                sys.stdout.write(_status() + "\n")
+                sys.stdout.write(_commands.status() + "\n")
             case ["push", *names]:
                 self.kept.push(names)
             case ["pull", *asked]:
@@ -343,13 +328,13 @@ class DDPMagics(Magics):
             case ["auto", *asked]:
                 self.kept.auto(asked)
             case ["stacks"]:
-                sys.stdout.write(_stacks() + "\n")
+                sys.stdout.write(_commands.stacks() + "\n")
             case ["results"]:
                 if not self._left_over:
                     raise LaunchError("%ddp results: nothing is left over from the last run")
                 return dict(self._left_over)
             case ["doctor"]:
-                _examine()
+                _commands.examine()
             case ["export", *asked]:
                 self._export(asked)
             case ["explain", *names]:
@@ -386,7 +371,7 @@ class DDPMagics(Magics):
         """Write a cell of this session as a script."""
         from nbddp import _export
 
-        parser = _LineParser("%ddp export [--cell NUMBER] [-o FILE] [--force]")
+        parser = _commands.LineParser("%ddp export [--cell NUMBER] [-o FILE] [--force]")
         parser.add_argument("--cell")
         parser.add_argument("-o", "--output")
         parser.add_argument("--force", action="store_true")
@@ -446,77 +431,8 @@ class DDPMagics(Magics):
         return [f"%%ddp {line}".rstrip(), *_closure.explain(job.names, job.namespace, job.lines)]
 
 
-def _status() -> str:
-    """Return what is known of the runs that are under way, and of the ranks that are kept."""
-    under_way = list(_running.running)
-    kept = _kept.current()
-    held = "\n".join(_kept.status(kept)) if kept is not None else _NOTHING
-    if not under_way:
-        return held
-    for one in under_way:
-        one.run.panel.look()
-    # The answers come to the thread of the run.
-    time.sleep(_ANSWER_SECONDS)
-    text = "\n".join(one.heading() + one.run.panel.text() for one in under_way)
-    return f"{text}\n{held}" if kept is not None and all(one.name for one in under_way) else text
-
-
-def _stacks() -> str:
-    """Return where the ranks are of the runs that are under way."""
-    under_way = list(_running.running)
-    return "\n".join(one.heading() + "\n".join(one.stacks() or [_NONE_YET]) for one in under_way) or _NOTHING
-
-
-_ANSWER_SECONDS = 0.2
-_NOTHING = "nbddp: nothing is running"
-_NONE_YET = "nbddp: no rank has started yet"
-
-
-def _examine() -> None:
-    """Print what may stop a run, line by line as it is found."""
-    findings = []
-    for finding in _doctor.examine(client):
-        findings.append(finding)
-        sys.stdout.write(f"{finding.line()}\n")
-        sys.stdout.flush()
-    sys.stdout.write(f"nbddp: {_doctor.verdict(findings)}\n")
-
-
-# What wins over an expression that begins with the same word.
-COMMANDS = (
-    *("log", "status", "stacks", "results", "explain", "export", "doctor"),
-    *("push", "pull", "stop", "auto"),
-)
-
-LINE_HELP = """\
-%ddp [options] EXPRESSION
-                 evaluate one line on fresh ranks and return what it is on rank 0, as in
-                 x = %ddp --gpus 2 [rank, torch.cuda.get_device_name()]; the words below come first, so a variable
-                 with one of these names goes in brackets: %ddp (log)
-%ddp log         where the logs of the last run are, one for each rank
-%ddp log --rank K --tail N
-                 what rank K printed, all of it or its last N lines; without --rank, of every rank
-%ddp log --save PATH
-                 copy the logs into a folder, or with --rank to a file
-%ddp status      what runs now, rank by rank: from another thread or a subshell while a cell runs; what kept ranks hold
-%ddp push A B    give the ranks that are kept the notebook's A and B, also where they have their own
-%ddp pull A B --rank K
-                 bring A and B back from the kept rank K (default: 0)
-%ddp stop        end the ranks that are kept
-%ddp auto on     run every cell that follows on the kept ranks, until %ddp auto off
-%ddp stacks      where each rank is at this moment, likewise; an interrupt and --timeout say it, too
-%ddp explain     what the last %%ddp cell takes from the notebook: types, sizes, by value or by reference
-%ddp explain A B the same for variables
-%ddp export [-o FILE] [--cell NUMBER] [--force]
-                 write the last %%ddp cell, or the one with this number, as a script for plain torchrun, with all that
-                 it needs of the other cells (default: train.py); values that only the notebook has go beside it
-%ddp doctor      what may stop a run, or did, and what to do: GPUs, a real all-reduce, memory, limits, names
-%ddp results     what the last run brought back and could not assign, since something else was missing
-%%ddp -h         how to run a cell on several ranks
-"""
-
 # "Docstring" of %%ddp? is what users read first.
-DDPMagics.ddp.__doc__ = f"{help_text()}\n{LINE_HELP}"
+DDPMagics.ddp.__doc__ = f"{help_text()}\n{_commands.LINE_HELP}"
 
 
 def _stale_optimizers(space: Mapping[str, Any], results: Mapping[str, Any]) -> str:
@@ -554,68 +470,3 @@ def _expanded(line: str, scope: Mapping[str, Any]) -> str:
         with contextlib.suppress(Exception):  # it is none of these, and stays as it is
             return str(DollarFormatter().vformat(line, (), dict(scope)))
     return line
-
-
-_MAGICS = ("%%ddp", "%ddp")
-
-
-def _keep_empty_body(lines: list[str]) -> list[str]:
-    """Give a %%ddp cell without a body an empty line, so that IPython runs it: ``%%ddp -h`` is all that one types."""
-    if lines and lines[0].startswith("%%ddp") and not "".join(lines[1:]).strip():
-        return [lines[0].rstrip("\n") + "\n", "\n"]
-    return lines
-
-
-def load(shell: Any) -> None:
-    """Register the magics with a shell and start the launcher.
-
-    Raises:
-        LaunchError: On Windows: there is no fork, no torchrun with gloo to speak of, and nothing was tested. And in a
-            rank.
-    """
-    if sys.platform == "win32":
-        raise LaunchError("nbddp needs Linux or macOS; on Windows, use it inside WSL")
-    refuse_in_rank("%load_ext nbddp")
-    sys.stdout.write(_background.said_by_the_last_kernel())
-    magics = DDPMagics(shell)
-    shell.register_magics(magics)
-    shell.events.register("post_run_cell", magics.note_failure)
-    shell.input_transformers_cleanup.insert(0, _keep_empty_body)
-    shell.input_transformers_cleanup.append(magics.kept.send_to_ranks)
-
-    def own_names() -> list[str]:
-        return [name for name in shell.user_ns if name not in shell.user_ns_hidden and not name.startswith("_")]
-
-    complete = _completion.completer(COMMANDS, own_names)
-    for key in _MAGICS:
-        shell.set_hook("complete_command", complete, str_key=key)
-    shell.set_hook("complete_command", complete, re_key=_completion.ASSIGNED.pattern)
-    with contextlib.suppress(NbddpError):  # a full disk must not fail the import cell; the first run will say it
-        client.start()
-
-
-def unload(shell: Any) -> None:
-    """Undo `load`."""
-    manager = shell.magics_manager
-    for kind in ("line", "cell"):
-        manager.magics[kind].pop("ddp", None)
-    magics = manager.registry.pop(DDPMagics.__name__, None)
-    if magics is not None and magics in shell.configurables:
-        shell.configurables.remove(magics)
-    transformers = shell.input_transformers_cleanup
-    with contextlib.suppress(ValueError):
-        transformers.remove(_keep_empty_body)
-    if magics is not None:
-        with contextlib.suppress(ValueError):
-            transformers.remove(magics.kept.send_to_ranks)
-        with contextlib.suppress(ValueError):
-            shell.events.unregister("post_run_cell", magics.note_failure)
-    sys.stdout.write(_background.end_all("nbddp")[1])
-    _kept.drop()
-    # IPython has no call that takes a hook away again.
-    dispatcher = shell.strdispatchers["complete_command"]
-    for key in _MAGICS:
-        dispatcher.strs.pop(key, None)
-    for regex in [regex for regex in dispatcher.regexs if regex.pattern == _completion.ASSIGNED.pattern]:
-        del dispatcher.regexs[regex]
-    client.close()

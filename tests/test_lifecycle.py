@@ -50,7 +50,7 @@ def shell_state():
 
 def test_load_unload_load_leaves_the_shell_as_it_was(new_kernel: Callable[..., Kernel]) -> None:
     kernel = new_kernel(load=False)
-    kernel.ok("import nbddp._magic\n%load_ext storemagic")  # what stays imported; IPython's own magics are lazy
+    kernel.ok("import nbddp._loading\n%load_ext storemagic")  # what stays imported; IPython's own magics are lazy
     kernel.ok(SHELL_STATE)
     kernel.ok("state = [shell_state()]")
     for _ in range(2):

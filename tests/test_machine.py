@@ -133,7 +133,7 @@ def test_the_message_on_open_files(new_kernel: Callable[..., Kernel]) -> None:
 
 def test_open_files_that_run_out_while_the_extension_is_loaded(new_kernel: Callable[..., Kernel]) -> None:
     kernel = new_kernel(load=False)
-    kernel.ok("import nbddp, nbddp._magic, torch, torch.distributed as dist")
+    kernel.ok("import nbddp, nbddp._loading, torch, torch.distributed as dist")
     kernel.ok(FILES + STATE)
     for free in range(6):
         kernel.ok(f"leave_files({free})")

@@ -179,7 +179,7 @@ def test_status_from_a_thread(kernel: Kernel) -> None:
     assert kernel.ok("%ddp status").text == "nbddp: nothing is running\n"
     kernel.ok(
         "import threading, time, io, contextlib\nsaid = []\ndef ask():\n    time.sleep(1.5)\n"
-        "    from nbddp._magic import _status\n    said.append(_status())\n"
+        "    from nbddp._commands import status\n    said.append(status())\n"
         "thread = threading.Thread(target=ask)\nthread.start()"
     )
     kernel.ok("%%ddp --cpus 2 --plain\nimport time\ntime.sleep(1 if rank else 2.5)")
