@@ -8,16 +8,21 @@ TORCH ?= torch==2.13.0
 # The tests of what differs from one IPython and ipykernel to the next.
 SHELL_TESTS = $(patsubst %,tests/test_%.py,cell completion config errors expression frontends output)
 
+# Two at a time, since most of a test is waiting; those that take the whole machine come after, one by one. What has
+# failed beside another is run again by itself, where its times mean something, and must pass there.
+two_at_a_time = $(1) -n 2 --dist loadfile -m $(2) || $(1) -m $(2) --last-failed --last-failed-no-failures none
+
 .PHONY: demo test long check browser bench notebooks clean
 
 demo: .venv/demo
 	.venv/bin/python -m nbddp notebooks/01_quickstart.ipynb
 
 test: .venv/test .venv/libraries/made .venv/oldest/made check browser
-	.venv/bin/python -m pytest
-	NBDDP_PLAIN=1 .venv/libraries/bin/python -m pytest --nbval notebooks
+	$(call two_at_a_time,.venv/bin/python -m pytest,"not alone")
+	.venv/bin/python -m pytest -m alone
+	NBDDP_PLAIN=1 .venv/libraries/bin/python -m pytest --nbval notebooks -n 2 --dist loadfile
 	# What IPython has a part in, once more on the oldest; its warnings are of its own time.
-	.venv/oldest/bin/python -m pytest -p no:nbval -W default -m "not slow" $(SHELL_TESTS)
+	$(call two_at_a_time,.venv/oldest/bin/python -m pytest -p no:nbval -W default $(SHELL_TESTS),"not slow")
 
 # A thousand cells in one kernel, which takes some minutes; `make test` has two hundred.
 long: .venv/test

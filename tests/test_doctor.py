@@ -132,7 +132,7 @@ def test_few_processes_for_a_user() -> None:
     if os.getuid() != 0:
         pytest.skip("NOT TESTED: the limit on a user's processes; a user without any takes root")
     code = (
-        "import os, resource\nfrom nbddp._checks import processes\nos.setuid(54321)\n"
+        "import os, resource\nfrom nbddp._checks import processes\nos.setuid(54322)\n"
         "for limit in (20, 100, 1000):\n    resource.setrlimit(resource.RLIMIT_NPROC, (limit, 1000))\n"
         "    print(processes(2).line())"
     )

@@ -540,6 +540,7 @@ def launcher_lives(kernel: Kernel) -> bool:
     return bool(kernel.get("__import__('nbddp')._function.client._process.poll() is None"))
 
 
+@pytest.mark.alone
 def test_twenty_notebooks_launch_at_the_same_moment(new_kernel: Callable[..., Kernel]) -> None:
     number = 20
     kernels = [new_kernel(load=False) for _ in range(number)]
@@ -567,6 +568,7 @@ def reply_to(kernel: Kernel, request: str) -> dict[str, Any]:
     return content
 
 
+@pytest.mark.alone
 def test_a_hundred_ranks(new_kernel: Callable[..., Kernel]) -> None:
     kernel = new_kernel()
     prepare(kernel)
