@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernel import Kernel, Reply, Request
+from tests.kernel import LINKS, Kernel, Reply, Request
 from tests.leftovers import marked
 
 STEPS = """%%ddp --cpus 2 --bg train --out total --gather mine
@@ -316,13 +316,14 @@ def test_a_forked_child_leaves_it_alone(kernel: Kernel) -> None:
     kernel.ok("train.stop()")
 
 
-STATE = """
+STATE = (
+    LINKS
+    + """
 import collections, gc, os, re, sys, threading
 def state():
     sys.last_type = sys.last_value = sys.last_traceback = sys.last_exc = None
     gc.collect()
-    links = [os.readlink(e.path) for e in os.scandir("/proc/self/fd") if os.path.islink(e.path)]
-    kinds = [re.sub(":.*|run-[0-9]+", "", link) for link in links if "sqlite" not in link]
+    kinds = [re.sub(":.*|run-[0-9]+", "", link) for link in links() if "sqlite" not in link]
     own = [f"{type(o).__module__}.{type(o).__qualname__}" for o in gc.get_objects()]
     from nbddp._function import client
     files = [re.sub("-.*", "", name) for name in os.listdir(client.session.root)]
@@ -337,6 +338,7 @@ def grown(before):
             return more
         time.sleep(0.1)
 """
+)
 
 
 def test_thirty_runs_leave_nothing(kernel: Kernel) -> None:

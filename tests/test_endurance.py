@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from tests.kernel import Kernel
+from tests.kernel import LINKS, Kernel
 
 CELLS = int(os.environ.get("NBDDP_CELLS", "200"))  # `make long` has a thousand
 
@@ -30,12 +30,13 @@ SLACK_BYTES = 8_000_000
 # The launcher keeps nothing. What malloc does not give back makes up some hundred kB, whenever.
 LAUNCHER_BYTES = 3_000_000
 
-STATE = """
+STATE = (
+    LINKS
+    + """
 import collections, gc, os, re, signal, sys, threading
 def state():
-    links = [os.readlink(e.path) for e in os.scandir("/proc/self/fd") if os.path.islink(e.path)]
     # IPython's history comes and goes; results stay mapped as long as the notebook has them.
-    kinds = [re.sub(":.*|run-[0-9]+", "", link) for link in links if "sqlite" not in link]
+    kinds = [re.sub(":.*|run-[0-9]+", "", link) for link in links() if "sqlite" not in link]
     return {
         "descriptors": sorted(collections.Counter(kinds).items()),
         "threads": threading.active_count(),
@@ -49,6 +50,7 @@ def own_objects():
     kinds = [f"{type(o).__module__}.{type(o).__qualname__}" for o in gc.get_objects()]
     return {kind: n for kind, n in collections.Counter(kinds).items() if kind.startswith(("nbddp.", "socket."))}
 """
+)
 
 SETUP = """
 import torch, torch.distributed as dist

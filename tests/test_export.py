@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,16 @@ def body(text: str) -> str:
 
 
 def torchrun(path: Path) -> str:
-    """Run a script by the command that it names, where nbddp cannot be imported; return what it printed."""
+    """Run a script by the command that it names, where nbddp cannot be imported; return what its ranks printed."""
     blocker = path.parent / "without"
     blocker.mkdir(exist_ok=True)
     (blocker / "nbddp.py").write_text("raise ImportError('this is a machine without nbddp')\n")
     command = next(line.strip() for line in path.read_text().split("\n") if "torchrun --standalone" in line)
     # In an environment that borrows torch from another, there is no command of that name.
-    command = command.replace("torchrun ", f"{shlex.quote(sys.executable)} -m torch.distributed.run ", 1)
+    launcher = f"{shlex.quote(sys.executable)} -m torch.distributed.run"
+    # Each rank's output to a file of its own: in a common pipe their lines are mixed.
+    logs = tempfile.mkdtemp(prefix="logs", dir=path.parent)
+    command = command.replace("torchrun ", f"{launcher} --redirects 1 --log-dir {shlex.quote(logs)} ", 1)
     done = subprocess.run(
         command,
         shell=True,
@@ -68,7 +72,7 @@ def torchrun(path: Path) -> str:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout
+    return "".join(log.read_text() for log in sorted(Path(logs).rglob("stdout.log")))
 
 
 def printed(text: str) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import psutil
 import pytest
 
-from tests.kernel import Kernel
+from tests.kernel import LINKS, Kernel
 from tests.test_endurance import CELLS
 from tests.test_machine import in_mounts
 
@@ -590,11 +590,9 @@ def test_auto_sends_what_follows_to_the_ranks(ranks: Kernel) -> None:
 def test_cell_after_cell_leaves_nothing(new_kernel: Callable[..., Kernel]) -> None:
     kernel = new_kernel()
     kernel.ok(
-        "import torch, torch.distributed as dist\nimport os, threading\n"
-        "def state():\n    there = os.scandir('/proc/self/fd')\n"
-        "    links = [os.readlink(e.path) for e in there if os.path.islink(e.path)]\n"
+        LINKS + "import torch, torch.distributed as dist\nimport os, threading\ndef state():\n"
         # IPython's history comes and goes.
-        "    return sum('sqlite' not in link for link in links), threading.active_count()"
+        "    return sum('sqlite' not in link for link in links()), threading.active_count()"
     )
     kernel.ok(KEEP + "import gc\nkeep = torch.ones(1)")
     there = [psutil.Process(pid) for pid in pids(kernel)]

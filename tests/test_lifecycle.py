@@ -18,16 +18,17 @@ import pytest
 import nbddp
 from nbddp import _paths, _process
 from nbddp._paths import RunDir, Session, sweep
-from tests.kernel import Kernel
+from tests.kernel import LINKS, Kernel
 
 PACKAGE = Path(nbddp.__file__).parent
 
-SHELL_STATE = r"""
+SHELL_STATE = (
+    LINKS
+    + r"""
 import gc, os, re, signal, sys, threading, atexit
 def descriptors():
-    links = [os.readlink(e.path) for e in os.scandir("/proc/self/fd") if os.path.islink(e.path)]
     # IPython's history comes and goes.
-    kept = [link for link in links if "sqlite" not in link and "profile_" not in link]
+    kept = [link for link in links() if "sqlite" not in link and "profile_" not in link]
     return sorted(re.sub(r"\d+", "", link) for link in kept)
 def shell_state():
     ip = get_ipython()
@@ -46,6 +47,7 @@ def shell_state():
         "names": sorted(n for n in ip.user_ns if not n.startswith("_") and n != "state"),
     }
 """
+)
 
 
 def test_load_unload_load_leaves_the_shell_as_it_was(new_kernel: Callable[..., Kernel]) -> None:

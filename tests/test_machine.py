@@ -15,27 +15,29 @@ from typing import Any
 
 import pytest
 
-from tests.kernel import Kernel, Reply
+from tests.kernel import LINKS, Kernel, Reply
 
 pytestmark = pytest.mark.slow
 
 ALL_REDUCE = "%%ddp --cpus 2 --out y\nx = torch.ones(1)\ndist.all_reduce(x)\ny = x.item()"
 
 # What a run is to leave as it was, in the kernel's own process.
-STATE = """
+STATE = (
+    LINKS
+    + """
 import collections, gc, os, signal, sys, threading
 def state():
     # What IPython remembers: the last error, with all that its frames hold.
     sys.last_type = sys.last_value = sys.last_traceback = sys.last_exc = None
     gc.collect()
-    links = [os.readlink(e.path) for e in os.scandir("/proc/self/fd") if os.path.islink(e.path)]
-    kinds = [link.split(":")[0] for link in links if "sqlite" not in link]  # IPython's history comes and goes
+    kinds = [link.split(":")[0] for link in links() if "sqlite" not in link]  # IPython's history comes and goes
     return (
         sorted(collections.Counter(kinds).items()),
         threading.active_count(),
         [str(signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)],
     )
 """
+)
 
 # Leaves so many of 256 descriptors: a notebook that has forgotten to close files.
 FILES = """
