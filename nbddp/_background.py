@@ -44,7 +44,9 @@ class BackgroundRun:
 
     def __init__(self, name: str, prepared: Prepared, screen: BackgroundScreen) -> None:
         self.name = name
-        self._prepared = prepared
+        self._prepared: Prepared | None = prepared
+        self._ranks = prepared.devices.ranks
+        self._gpus = gpus_of(prepared.devices, prepared.launch.env)
         self._screen = screen
         self._gate = InterruptGate()
         self._lock = threading.Lock()
@@ -70,7 +72,9 @@ class BackgroundRun:
             self._thread.start()
         except RuntimeError as error:
             self._forget()
-            self._prepared.discard()
+            prepared, self._prepared = self._prepared, None
+            if prepared is not None:
+                prepared.discard()
             raise LaunchError(_limits.no_more_processes("cannot start a run in the background")) from error
 
     def _forget(self) -> None:
@@ -136,7 +140,7 @@ class BackgroundRun:
     @property
     def gpus(self) -> list[str]:
         """The GPUs that it uses, as the driver knows them."""
-        return gpus_of(self._prepared.devices, self._prepared.launch.env)
+        return self._gpus
 
     def log(self, rank: int = 0, tail: int | None = None) -> str:
         """Return what a rank has printed so far, all of it or its last lines.
@@ -148,11 +152,9 @@ class BackgroundRun:
         Raises:
             LaunchError: There is no such rank.
         """
-        ranks = self._prepared.devices.ranks
-        if rank not in range(ranks):
-            raise LaunchError(
-                f"{self.name}.log({rank}): it has {'rank 0' if ranks == 1 else f'ranks 0 to {ranks - 1}'}"
-            )
+        if rank not in range(self._ranks):
+            has = "rank 0" if self._ranks == 1 else f"ranks 0 to {self._ranks - 1}"
+            raise LaunchError(f"{self.name}.log({rank}): it has {has}")
         try:
             text = Path(self._logs, f"rank{rank}.log").read_text(errors="replace")
         except FileNotFoundError:  # it has not begun
@@ -167,8 +169,7 @@ class BackgroundRun:
             sys.stdout.write(f"{self!r}\n")
 
     def _headline(self) -> str:
-        ranks = self._prepared.devices.ranks
-        count = "1 rank" if ranks == 1 else f"{ranks} ranks"
+        count = "1 rank" if self._ranks == 1 else f"{self._ranks} ranks"
         if self.status == "running":
             return f"{count}, running for {time.monotonic() - self._began:.0f} s"
         error = f": {_in_short(self._error)}" if self._error is not None and self.status == "failed" else ""
@@ -184,24 +185,28 @@ class BackgroundRun:
                 self._gate.press()
 
     def _follow(self) -> None:
+        # At the end nothing of the notebook's is to be held by a handle that is kept.
+        prepared, self._prepared = self._prepared, None
+        assert prepared is not None
+        began = False
         try:
             with self._gate:
                 with self._lock:
-                    self._open = True
+                    self._open = began = True
                     if self._pressed:
                         self._gate.press()
-                try:
-                    self._finished = self._prepared.run(self._gate)
-                    self._show_value()
-                except BaseException as error:
-                    # Without the frames, which hold the run and its data.
-                    self._error = (
-                        error.with_traceback(None) if isinstance(error, NbddpError | KeyboardInterrupt) else error
-                    )
-                finally:
-                    with self._lock:
-                        self._open = False
+                self._finished = prepared.run(self._gate)
+                self._show_value()
+        except BaseException as error:
+            # Without the frames, which hold the run and its data.
+            expected = isinstance(error, NbddpError | KeyboardInterrupt)
+            self._error = error.with_traceback(None) if expected else error
         finally:
+            with self._lock:
+                self._open = False
+            if not began:
+                prepared.discard()
+            del prepared
             self._forget()
             self._done.set()
             with contextlib.suppress(Exception):  # the front end may be gone
@@ -231,6 +236,8 @@ class BackgroundRun:
             number += 1
         for elsewhere in (False, True):
             try:
+                if not elsewhere:
+                    os.makedirs(_LOGS, exist_ok=True)  # or a renaming would be none
                 if elsewhere:  # the notebook's folder cannot be written
                     target = os.path.join(tempfile.mkdtemp(prefix="nbddp-logs-"), f"{self.name}-{number}")
                 # If that is a renaming, what ranks print still goes along.
@@ -367,7 +374,7 @@ def end_all(what: str = "the kernel") -> tuple[str, str]:
         What the user is to know, a line for each run: what cells say, and what none does.
     """
     # A child that the kernel has forked leaves its parent's runs alone.
-    ending = [run for run in running.values() if run._pid == os.getpid()]
+    ending = [run for run in list(running.values()) if run._pid == os.getpid()]
     for run in ending:
         run._ended_with_kernel = True
     for seconds in (_SHUTDOWN_SECONDS, _KILL_SECONDS):

@@ -56,7 +56,7 @@ def _offered(
     """
     words = before.replace("=", " ").split()
     if not is_cell and words and words[0] in commands:
-        return [*_OF_LOG] if words[0] == "log" else [*space()] if words[0] == "explain" else []
+        return [*_OF_LOG] if words[0] == "log" else [*space()] if words[0] in ("explain", "push", "pull") else []
     if words and before.rstrip().endswith((",", "=")):
         # Within a list, and the option stands before that.
         option = next((word for word in reversed(words) if word.startswith("-")), "")
@@ -64,7 +64,7 @@ def _offered(
         option = words[-1] if words else ""
     if option in _VALUES and takes_value()[option]:
         return [*_VALUES[option](space)]
-    if takes_value().get(option):
+    if takes_value().get(option) and option != "--bg":  # which need not have one
         return []
     if symbol.startswith("-"):
         return [*option_names()]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbddp import (
@@ -32,6 +32,7 @@ from nbddp._errors import LaunchError, NbddpError
 from nbddp._names import GIVEN_NAMES
 from nbddp._options import Options
 from nbddp._prepared import Finished, Prepared, Said, interruptible
+from nbddp._rank_state import rank_list
 from nbddp._relay import View
 from nbddp._results import Wanted
 from nbddp._screen import Screen
@@ -97,8 +98,7 @@ def perform(job: Job, client: _client.Client, screen: Screen) -> Finished:
         with InterruptGate() as gate:
             if not job.options.keep:
                 return prepare(job, client, screen, gate).run(gate)
-            idle = job.idle if job.options.idle is None else job.options.idle
-            with _kept.Borrowed(idle, screen) as kept:
+            with _kept.Borrowed(job.options.idle, job.idle, screen) as kept:
                 return prepare(job, client, screen, gate, kept).run(gate)
     except NbddpError:
         raise  # it may be an OSError as well: what a rank has raised
@@ -125,9 +125,16 @@ def dry_run(job: Job, client: _client.Client) -> str:
     """Return what `perform` would launch and send, as text."""
     _limits.check_files(0)
     env = {**os.environ, **job.options.env}
+    kept = _kept.current() if job.options.keep else None
     with InterruptGate() as gate:
-        devices = _devices.choose(job.options, env, lambda: client.count_gpus(env, gate))
-        _check_backend(job.options, devices, lambda: client.backends(env, gate))
+        if kept is not None and kept.devices is not None:
+            kept.check(job.options)
+            devices = kept.devices
+            held = kept.held_by_all() | {*GIVEN_NAMES}
+            job = replace(job, names={name: value for name, value in job.names.items() if name not in held})
+        else:
+            devices = _devices.choose(job.options, env, lambda: client.count_gpus(env, gate))
+            _check_backend(job.options, devices, lambda: client.backends(env, gate))
         with gate.open():
             snapshot = _closure.capture(job.names, job.namespace, job.lines, job.place)
     if job.options.keep_script is not None:
@@ -141,7 +148,10 @@ def dry_run(job: Job, client: _client.Client) -> str:
         job.options.rdzv_endpoint,
     )
     lines = [devices.note] if devices.note else []
-    lines.append("torchrun " + " ".join(options) + " <generated script>")
+    command = "torchrun " + " ".join(options) + " <generated script>"
+    lines.append(
+        command if kept is None else f"on the kept {'rank' if devices.ranks == 1 else 'ranks'}; nothing is started"
+    )
     return "\n".join([*lines, *_closure.explain(job.names, job.namespace, job.lines, snapshot)])
 
 
@@ -164,12 +174,13 @@ def prepare(
     times = {"began": time.monotonic()}
     said = Said(screen)
     env = {**os.environ, **job.options.env}
-    # First, so that it imports while this process pickles.
-    if changed := client.start(env):
+    # First, so that it imports while this process pickles. Ranks that are there have theirs.
+    if (kept is None or kept.world is None) and (changed := client.start(env)):
         said(f"nbddp: {', '.join(changed)} changed, which torch reads when it loads; loading it anew")
     if kept is not None:
         kept.check(job.options)
-    held = kept.held_by_all() - frozenset(job.push) if kept is not None else frozenset()
+    # What these ranks are called is theirs, for as long as they stay.
+    held = (kept.held_by_all() | {*GIVEN_NAMES}) - frozenset(job.push) if kept is not None else frozenset()
     names = _names_to_send(job, kept, held, said)
     with interruptible(gate, f"what {job.place} uses was pickled; nothing was launched"):
         closure = _closure.capture(
@@ -191,7 +202,7 @@ def prepare(
     _check_numbers(job, devices, lambda: client.count_gpus(os.environ, gate))
     if job.large is not None and closure.nbytes > job.large:
         said(_closure.size_line(names, closure))
-    if hidden := _hidden_names(job, devices):
+    if (kept is None or kept.world is None) and (hidden := _hidden_names(job, devices)):
         said(hidden)
     for wrapper in dict.fromkeys(closure.unwrapped):
         said(f"nbddp: {wrapper} was unwrapped: its .module is sent; wrap it again in the cell")
@@ -224,6 +235,9 @@ def _names_to_send(
 
 def _check_numbers(job: Job, devices: _devices.Devices, count_gpus: Callable[[], int]) -> None:
     """Refuse ranks and devices that there are not."""
+    on = job.options.on
+    if on is not None and max(on) >= devices.ranks:
+        raise LaunchError(f"--on {max(on)}: the kept ranks are {rank_list(range(devices.ranks)).partition(' ')[2]}")
     if job.view.ranks is not None and max(job.view.ranks) >= devices.ranks and job.options.nnodes == 1:
         raise LaunchError(f"--ranks {max(job.view.ranks)}: this run has {_ranks_of(devices.ranks)}")
     if job.wanted.device is not None:
@@ -245,7 +259,7 @@ def _script(job: Job, devices: _devices.Devices, closure: Snapshot) -> Script:
         init=job.options.init,
         backend=job.options.backend,
         gpus=devices.gpus,
-        define=tuple(name for name in GIVEN_NAMES if name not in job.namespace),
+        define=tuple(name for name in GIVEN_NAMES if job.options.keep or name not in job.namespace),
         out=job.wanted.out,
         gather=job.wanted.gather,
         colors=job.colors,
@@ -268,6 +282,8 @@ def _hidden_names(job: Job, devices: _devices.Devices) -> str | None:
     if not own:
         return None
     listed = ", ".join(f"{name} = {value!r:.40}" for name, value in own.items())
+    if job.options.keep:
+        return f"nbddp: each rank has its own {', '.join(own)}; the notebook's stays there: {listed}"
     return (
         f"nbddp: used as the notebook has it, on every rank: {listed}. After del {', '.join(own)} ranks have their own"
     )

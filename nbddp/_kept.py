@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from nbddp import _allocation, _settings
+from nbddp import _allocation, _limits, _settings
 from nbddp._devices import Devices, gpus_of
 from nbddp._errors import LaunchError, RunLostError
 from nbddp._memory import Meter
 from nbddp._options import Options
 from nbddp._paths import RunDir, cannot_write, format_size
-from nbddp._rank_state import RankState, how_it_died, rank_list
-from nbddp._relay import Relay
+from nbddp._rank_state import RankState, how_it_died
+from nbddp._relay import Relay, View
 from nbddp._run import Ending
 from nbddp._screen import Screen, of_this_cell
 from nbddp._script import Cell
@@ -53,6 +54,7 @@ class Kept:
         definitions: Classes and functions that they have got, by number.
         since: When they were started (``time.time``).
         idle: Seconds without a cell after which they end.
+        asked_idle: ... that the user has asked for.
         lost: What has ended them between two cells, if something has.
     """
 
@@ -70,6 +72,7 @@ class Kept:
         self._on: frozenset[int] = frozenset()
         self._pending = _Pending()
         self.idle = IDLE_SECONDS
+        self.asked_idle: float | None = None
         self._screen: Screen | None = None
         self._watcher: threading.Thread | None = None
         self._wake: tuple[int, int] | None = None
@@ -141,8 +144,6 @@ class Kept:
                 )
         if options.backend not in (None, self.options.backend):
             raise LaunchError(f"--backend {options.backend}: kept ranks have their process group; %ddp stop ends them")
-        if options.on is not None and max(options.on) >= kept.ranks:
-            raise LaunchError(f"--on {max(options.on)}: the kept ranks are {rank_list(range(kept.ranks))[6:]}")
 
     def open(self, world: World) -> None:
         """Take the processes, which are about to be started."""
@@ -216,9 +217,11 @@ class Kept:
         if not state.spared:
             self.world.ranks.ask(state, "cell", **self._request)
 
-    def leave(self) -> None:
-        """Have the ranks end as scripts do, with their exit handlers."""
+    def leave(self, relay: Relay | None = None) -> None:
+        """Have the ranks end as scripts do, with their exit handlers; show first what they have printed since."""
         assert self.world is not None
+        if relay is not None:
+            self._pending.replay(relay)
         for state in self.states.values():
             state.renew(spared=False)
             self.world.ranks.ask(state, "leave")
@@ -236,14 +239,22 @@ class Kept:
         if self._request.get("everywhere") and asked and all(outcome.get("loaded") for outcome in asked):
             self.definitions += met
             self._sent |= {name: id(value) for name, value in names.items()}
-        if ending.stayed and ending.cause == "done":
+        # One that has caught the interrupt may have broken off in the middle of a collective all the same.
+        if ending.stayed and ending.cause == "done" and not any(state.interrupted for state in ending.ranks.values()):
             return None
         if not ending.stayed and ending.cause == "done":  # they were told to leave
             self.close()
             return None
-        if ending.stayed and self._regroup(gate):
-            stay = "the rank stays" if len(ending.ranks) == 1 else f"the {len(ending.ranks)} ranks stay"
-            return f"nbddp: {stay}, with what they hold; their process group was made anew"
+        grouped = any(state.backend for state in self.states.values())
+        if ending.stayed and (not grouped or self._regroup(gate)):
+            one = len(ending.ranks) == 1
+            stay = (
+                "the rank stays, with what it holds"
+                if one
+                else f"the {len(ending.ranks)} ranks stay, with what they hold"
+            )
+            anew = f"; {'its' if one else 'their'} process group was made anew" if grouped else ""
+            return f"nbddp: {stay}{anew}" if grouped or ending.cause != "done" else None
         held = any(state.held for state in self.states.values())
         self.close()
         return "nbddp: the kept ranks are gone, and what they held with them" if held else None
@@ -252,9 +263,7 @@ class Kept:
         """Have the ranks make their process group anew; tell whether they did."""
         assert self.world is not None
         states = self.states.values()
-        backend = next((state.backend for state in states if state.backend), "")
-        if not backend:
-            return True
+        backend = next(state.backend for state in states if state.backend)
         self._place += 1
         for state in states:
             state.regrouped = None
@@ -286,9 +295,16 @@ class Kept:
         self.idle, self._screen = idle or float("inf"), screen
         self._pending = _Pending()
         self.world.ranks.attach(self._pending)
-        self._wake = os.pipe()
-        self._watcher = threading.Thread(target=self._watch, name="nbddp-kept", daemon=True)
-        self._watcher.start()
+        try:
+            self._wake = os.pipe()
+            self._watcher = threading.Thread(target=self._watch, name="nbddp-kept", daemon=True)
+            self._watcher.start()
+        except (OSError, RuntimeError) as error:
+            # Nobody would hear of their death, or end them.
+            self._watcher = None
+            self._close_wake()
+            self._close_for_good()
+            raise _cannot_watch(error) from error
 
     def take(self) -> None:
         """Have the watching thread end."""
@@ -296,9 +312,12 @@ class Kept:
             os.write(self._wake[1], b"t")
             self._watcher.join()
             self._watcher = None
-            for fd in self._wake:
-                os.close(fd)
-            self._wake = None
+            self._close_wake()
+
+    def _close_wake(self) -> None:
+        for fd in self._wake or ():
+            os.close(fd)
+        self._wake = None
 
     def _watch(self) -> None:
         assert self.world is not None
@@ -308,10 +327,12 @@ class Kept:
         loop, ranks = self.world.loop, self.world.ranks
         loop.watch(wake, lambda: taken.append(os.read(wake, 1)))
         until = time.monotonic() + self.idle
-        while not taken and not ranks.gone and not self.world.launcher_ended and time.monotonic() < until:
-            loop.step(min(until, ranks.due))
-            ranks.tick()
-        loop.unwatch(wake)
+        try:
+            while not taken and not ranks.gone and not self.world.launcher_ended and time.monotonic() < until:
+                loop.step(min(until, ranks.due))
+                ranks.tick()
+        finally:
+            loop.unwatch(wake)
         if ranks.gone or self.world.launcher_ended:
             self._lose()
         elif not taken:
@@ -323,6 +344,7 @@ class Kept:
         deadline = time.monotonic() + 1.0
         while not self.world.launcher_ended and time.monotonic() < deadline:
             self.world.loop.step(deadline)
+        self._show_pending()
         self.lost = f"{self._what_died()} between two cells"
         self._tell(f"nbddp: {self.lost}; the kept ranks are gone, and what they held with them")
         self._close_for_good()
@@ -336,7 +358,7 @@ class Kept:
         if status is not None and status < 0:
             return f"torchrun's agent {how_it_died(status)}"
         first = min(self.world.ranks.gone, key=lambda state: state.died or 0.0)
-        return f"rank {first.rank} {how_it_died(first.exitcode)}"
+        return f"rank {first.rank} {how_it_died(first.exitcode).removesuffix(' before the end of the cell')}"
 
     def _close_for_good(self) -> None:
         """End what is left of the ranks, and of their files; nobody else is there to do it."""
@@ -353,9 +375,22 @@ class Kept:
             self.world.loop.step(deadline)
         done = all(state.ended for state in self.states.values())
         self.world.let_go(done=done, wait=True)
+        self._show_pending()
         self._close_for_good()
         self.lost = f"there was no cell for {self.idle:g} s (--idle)"
         self._tell(f"nbddp: the kept ranks have ended: {self.lost}")
+
+    def _show_pending(self) -> None:
+        """Show what the ranks have printed since the last cell, in its output: there will be no next one."""
+        assert self.run_dir is not None
+        assert self.devices is not None
+        if self._screen is None or not self._pending:
+            return
+        with contextlib.suppress(Exception):  # the front end may be gone
+            logs = tempfile.mkdtemp(prefix="logs-", dir=self.run_dir.root)
+            relay = Relay(self.devices.ranks, logs, self.secret, self._screen, View(plain=self.options.plain))
+            self._pending.replay(relay)
+            relay.close()
 
     def _tell(self, line: str) -> None:
         if self._screen is not None:
@@ -363,24 +398,40 @@ class Kept:
                 self._screen.write(line + "\n")
 
 
+def _cannot_watch(error: Exception) -> RunLostError:
+    what = "the kept ranks cannot be watched, and are gone"
+    files = isinstance(error, OSError) and _limits.is_about_files(error)
+    return RunLostError(_limits.no_more_files(what) if files else _limits.no_more_processes(what))
+
+
 class _Pending:
     """What ranks print and show while nobody watches, for the next cell."""
 
     def __init__(self) -> None:
         self._items: deque[tuple[int, bytes | dict[str, Any]]] = deque()
+        self._emptied: list[tuple[int, dict[str, Any]]] = []
         self._size = 0
 
     def feed(self, rank: int, data: bytes) -> None:
         """Take what a rank wrote."""
-        self._items.append((rank, data))
-        self._size += len(data)
-        while self._size > _PENDING and len(self._items) > 1:
-            _, dropped = self._items.popleft()
-            self._size -= len(dropped) if isinstance(dropped, bytes) else 0
+        self._add(rank, data)
 
     def display(self, rank: int, message: dict[str, Any]) -> None:
         """Take a display."""
-        self._items.append((rank, message))
+        self._add(rank, message)
+
+    def _add(self, rank: int, item: bytes | dict[str, Any]) -> None:
+        self._items.append((rank, item))
+        self._size += _size_of(item)
+        while self._size > _PENDING and len(self._items) > 1:
+            other, dropped = self._items.popleft()
+            self._size -= _size_of(dropped)
+            if isinstance(dropped, dict):
+                # Where its mark stands in the output, the relay waits for it.
+                self._emptied.append((other, {**dropped, "data": {}, "metadata": {}}))
+
+    def __bool__(self) -> bool:
+        return bool(self._items)
 
     def restart(self, rank: int) -> None:
         """Do nothing: kept ranks are not started again."""
@@ -390,13 +441,18 @@ class _Pending:
 
     def replay(self, relay: Relay) -> None:
         """Hand over what there is."""
-        for rank, item in self._items:
+        for rank, item in (*self._emptied, *self._items):
             if isinstance(item, bytes):
                 relay.feed(rank, item)
             else:
                 relay.display(rank, item)
         self._items.clear()
+        self._emptied.clear()
         self._size = 0
+
+
+def _size_of(item: bytes | dict[str, Any]) -> int:
+    return len(item) if isinstance(item, bytes) else sum(len(str(value)) for value in item.get("data", {}).values())
 
 
 # The ranks that this process keeps.
@@ -409,18 +465,24 @@ def current() -> Kept | None:
     return _current if _current is not None and _current.world is not None else None
 
 
+def are_there() -> bool:
+    """Tell whether ranks are kept, also while a cell has them."""
+    return current() is not None or _busy.locked()
+
+
 class Borrowed:
     """Has the kept ranks for a cell; if there are none, what they will be.
 
     Not made by ``contextlib.contextmanager``, which sets the traceback of what passes through: some exceptions refuse.
 
     Args:
-        idle: Seconds without a cell after which they end; 0 for never.
+        asked: Seconds without a cell after which they end, 0 for never; None to go on with what was asked for before.
+        default: ... if nothing was.
         screen: Where the cell that has them shows its output, and they what happens later.
     """
 
-    def __init__(self, idle: float, screen: Screen) -> None:
-        self._idle, self._screen = idle, screen
+    def __init__(self, asked: float | None, default: float, screen: Screen) -> None:
+        self._asked, self._default, self._screen = asked, default, screen
         self._kept = Kept()
 
     def __enter__(self) -> Kept:
@@ -454,14 +516,17 @@ class Borrowed:
         global _current
         try:
             if self._kept.world is not None:
-                self._kept.watch(self._idle, of_this_cell(self._screen))
+                if self._asked is not None:
+                    self._kept.asked_idle = self._asked
+                idle = self._default if self._kept.asked_idle is None else self._kept.asked_idle
+                self._kept.watch(idle, of_this_cell(self._screen))
                 _current = self._kept
         finally:
             _busy.release()
 
 
 def drop() -> None:
-    """End the kept ranks at once, if there are any: when the extension is unloaded, or the kernel ends."""
+    """End the kept ranks at once, if there are any: when the extension is unloaded."""
     global _current
     kept, _current = _current, None
     if kept is not None:

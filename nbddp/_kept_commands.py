@@ -33,10 +33,13 @@ class KeptCommands:
         self._perform_job = perform
         # The options of the cells that go to the kept ranks; None if they run in the notebook.
         self._auto_options: str | None = None
+        # How many cells run within each other.
+        self._depth = 0
 
     def push(self, names: Sequence[str]) -> None:
         """Give the kept ranks the notebook's variables of these names."""
         space = self._space
+        names = [name for word in names for name in word.split(",") if name]
         if not names:
             raise UsageError("%ddp push NAME ...: which of the notebook's variables are the kept ranks to get?")
         if missing := [name for name in names if name not in space]:
@@ -60,7 +63,7 @@ class KeptCommands:
 
     def stop(self) -> None:
         """End the kept ranks as scripts end."""
-        if _kept.current() is None:
+        if not _kept.are_there():
             sys.stdout.write("nbddp: no ranks are kept\n")
             return
         self._perform("%ddp stop", {}, last=True)
@@ -86,7 +89,7 @@ class KeptCommands:
             push: Names that they get also where they have their own.
             last: Whether they are to end.
         """
-        if _kept.current() is None:
+        if not _kept.are_there():
             raise LaunchError(f"{words}: no ranks are kept. A cell with %%ddp --keep starts them")
         results = self._perform_job(
             cell=Cell("", f"<{words}>", 0),
@@ -126,9 +129,19 @@ class KeptCommands:
         """Make a ``%%ddp --keep`` cell of a cell, while ``%ddp auto`` is on; what is a magic's stays its own."""
         text = "".join(lines).lstrip()
         magic = text.startswith(("%%", "?", "!")) or any(line.startswith("%ddp") for line in lines)
-        if self._auto_options is None or not text or magic:
+        magic = magic or (len(lines) == 1 and text.rstrip().endswith("?"))
+        # What a magic of a cell runs, such as %%time, is a part of that cell.
+        if self._auto_options is None or self._depth or not text or magic:
             return lines
         return [f"%%ddp {self._auto_options} --auto\n", *lines]
+
+    def cell_begins(self, *_: object) -> None:
+        """Take note that the shell runs a cell, or one within another."""
+        self._depth += 1
+
+    def cell_ends(self, *_: object) -> None:
+        """Take note that it has ended."""
+        self._depth = max(0, self._depth - 1)
 
     def not_again(self, run: Callable[[], _Result]) -> _Result:
         """Prepare and run a cell; what it consists of is not sent once more meanwhile."""

@@ -35,7 +35,9 @@ def load(shell: Any) -> None:
     sys.stdout.write(_background.said_by_the_last_kernel())
     magics = DDPMagics(shell)
     shell.register_magics(magics)
-    shell.events.register("post_run_cell", magics.note_failure)
+    for event, listeners in magics.listeners.items():
+        for listener in listeners:
+            shell.events.register(event, listener)
     shell.input_transformers_cleanup.insert(0, _keep_empty_body)
     shell.input_transformers_cleanup.append(magics.kept.send_to_ranks)
 
@@ -64,8 +66,10 @@ def unload(shell: Any) -> None:
     if magics is not None:
         with contextlib.suppress(ValueError):
             transformers.remove(magics.kept.send_to_ranks)
-        with contextlib.suppress(ValueError):
-            shell.events.unregister("post_run_cell", magics.note_failure)
+        for event, listeners in magics.listeners.items():
+            for listener in listeners:
+                with contextlib.suppress(ValueError):
+                    shell.events.unregister(event, listener)
     sys.stdout.write(_background.end_all("nbddp")[1])
     _kept.drop()
     # IPython has no call that takes a hook away again.

@@ -42,7 +42,7 @@ from nbddp._errors import LaunchError, NbddpError, RankError, ResultError
 from nbddp._function import client
 from nbddp._kept_commands import KeptCommands
 from nbddp._option_line import HelpAsked, help_text, parse
-from nbddp._options import OptionError, Options
+from nbddp._options import DEVICES, OptionError, Options
 from nbddp._prepared import Finished
 from nbddp._relay import DISPLAY_LIMIT, TEXT_LIMIT, View
 from nbddp._results import Wanted
@@ -147,6 +147,9 @@ class DDPMagics(Magics):
 
     def _cell(self, line: str, cell: str) -> CellValue | BackgroundRun | None:
         options = parse(line, self.defaults)
+        if options.keep and _kept.current() is not None:
+            # They are what they are.
+            options = parse(line, self.defaults, without=(*DEVICES, "backend", "env"))
         job = self._job_of_cell(line, cell, options)
         self._last_cell = line, cell
         self._expanded[_cell_number(self.shell)] = line
@@ -249,7 +252,7 @@ class DDPMagics(Magics):
     def _evaluate(self, line: str, scope: Mapping[str, Any]) -> Any:
         """Evaluate an expression on fresh ranks; return its value on the first."""
         given, text = _expression.split(line)
-        options = parse(_expanded(given, scope), self.defaults)
+        options = parse(_expanded(given, scope), self.defaults, without=("keep", "on", "idle", "bg", "out", "gather"))
         if options.out or options.gather:
             raise OptionError("--out and --gather are for cells; %ddp EXPRESSION returns the value of rank 0")
         if options.keep or options.bg is not None:
@@ -299,6 +302,10 @@ class DDPMagics(Magics):
         self._failed: dict[int, int] = {}
         self._expanded: dict[int, str] = {}
         self.kept = KeptCommands(shell.user_ns, self._between_cells)
+        self.listeners: dict[str, list[Callable[..., None]]] = {
+            "pre_run_cell": [self.kept.cell_begins],
+            "post_run_cell": [self.kept.cell_ends, self.note_failure],
+        }
 
     def _line(self, line: str, scope: Mapping[str, Any]) -> Any:
         first = (line.split(maxsplit=1) or [""])[0]
@@ -461,7 +468,8 @@ def _stale_optimizers(space: Mapping[str, Any], results: Mapping[str, Any]) -> s
 def _wanted(options: Options) -> Wanted:
     asked = [f"--out {','.join(options.out)}"] if options.out else []
     asked += [f"--gather {','.join(options.gather)}"] if options.gather else []
-    return Wanted(tuple(options.out), tuple(options.gather), options.out_device, " ".join(asked))
+    first = min(options.on or (0,))
+    return Wanted(tuple(options.out), tuple(options.gather), options.out_device, " ".join(asked), first)
 
 
 def _expanded(line: str, scope: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ import difflib
 import functools
 import itertools
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from nbddp._options import DEVICES, OptionError, RunOptions, listed_names
@@ -165,19 +165,20 @@ def _make_parser() -> _Parser:
     return parser
 
 
-def parse(line: str, defaults: str = "") -> RunOptions:
+def parse(line: str, defaults: str = "", without: Collection[str] = ()) -> RunOptions:
     """Read the options from the text behind ``%%ddp``.
 
     Args:
         line: The text.
         defaults: Options that hold where the line says nothing else, written as on the line.
+        without: The fields of which the defaults do not hold here.
 
     Raises:
         OptionError: The line has a fault; the message names it.
         HelpAsked: The line asks for help.
     """
     given = _given(line)
-    before = _given(defaults)
+    before = {name: value for name, value in _given(defaults).items() if name not in without}
     if DEVICES & given.keys():
         before = {name: value for name, value in before.items() if name not in DEVICES}
     if not given.get("keep", True):

@@ -7,7 +7,6 @@ import functools
 import os
 import secrets
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -116,6 +115,11 @@ class Prepared:
     logs: str = field(init=False, default="")
 
     @property
+    def _starts_ranks(self) -> bool:
+        """Whether processes have to be started: those of kept ranks are there, after their first cell."""
+        return self.kept is None or self.kept.world is None
+
+    @property
     def sent(self) -> Sequence[Any]:
         """The classes and functions that the ranks have got, by number."""
         return self.met if self.kept is None else [*self.kept.definitions, *self.met]
@@ -158,7 +162,7 @@ class Prepared:
 
     def discard(self) -> None:
         """Delete its files, if it is not to be run."""
-        if self.kept is None or self.kept.world is None:
+        if self._starts_ranks:
             self.client.session.end_run(self.run_dir)
         if self.logs:
             shutil.rmtree(self.logs, ignore_errors=True)
@@ -191,7 +195,7 @@ class Prepared:
             times = self.times | ending.times | {"results loaded": time.monotonic()}
             return Finished(results, ending.value, times)
         finally:
-            if self.kept is None or self.kept.world is None:
+            if self._starts_ranks:  # or would have to, for another cell
                 self.client.session.end_run(self.run_dir)
             else:
                 self.run_dir.clear_cell()
@@ -199,7 +203,7 @@ class Prepared:
     def _run(self, gate: InterruptGate) -> Ending:
         """Run the script on the ranks; again, if nothing of it has run and there is another way."""
         # The ranks of a kept world are there already.
-        start_method = self.launch.start_method if self.kept is None or self.kept.world is None else ""
+        start_method = self.launch.start_method if self._starts_ranks else ""
         launcher_died = False
         while True:
             try:
@@ -261,7 +265,9 @@ class Prepared:
             KeyboardInterrupt: The user stopped it.
         """
         kept = self.kept
-        begin = world.start if kept is None else kept.leave if self.job.last else functools.partial(kept.begin, relay)
+        begin = world.start
+        if kept is not None:
+            begin = functools.partial(kept.leave if self.job.last else kept.begin, relay)
         run = Run(
             world,
             relay,
@@ -279,14 +285,14 @@ class Prepared:
         running.append(under_way)
         try:
             ending = run.wait()
-        except OSError as error:
+        except BaseException as error:
+            if kept is not None:
+                kept.close()
             if not (world.started and _limits.is_about_files(error)):
                 raise
             raise RunLostError(_limits.no_more_files("the run cannot be followed any more")) from error
         finally:
             running.remove(under_way)
-            if kept is not None and sys.exc_info()[0] is not None:
-                kept.close()
         failure = None
         if ending.cause != "done":
             said = {output.rank: output.recent for output in relay.outputs}

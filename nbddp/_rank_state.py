@@ -26,7 +26,7 @@ class RankState:
         pid: Its process.
         in_cell: Whether it has begun to run the cell.
         failing: That it has raised: what, and when. Comes before the report, which has the traceback.
-        outcome: Its report, once there is one; see `nbddp._rank._outcome`.
+        outcome: Its report, once there is one; see `nbddp._outcome`.
         pickled: The file with the exception that it raised, if there is one.
         ended: Whether it has said that nothing more comes, or is gone.
         ended_at: When that was.

@@ -321,7 +321,8 @@ class Run:
 
     def _began(self, state: RankState) -> None:
         self.panel.begin()
-        if self._cause == "interrupted" and not state.interrupted:
+        stopping = self._cause == "interrupted" or (self._stay and self._ladder is not None)
+        if stopping and not state.interrupted:
             # It had been told to begin, and had not yet, when all were interrupted.
             self.world.interrupt(state)
 

@@ -67,6 +67,7 @@ class Kept:
 
     def _run(self, request: Mapping[str, Any], state: Any, run_cell: Callable[..., dict[str, Any]]) -> dict[str, Any]:
         target = Target(self.namespace, self.namespace, sender_has=self._received, device=self._device)
+        self._forget_arguments()
         before = {name: value for name, value in self.namespace.items() if name not in request["push"]}
         try:
             load_file(request["closure"], target)
@@ -87,12 +88,17 @@ class Kept:
         outcome = run_cell(**arguments)
         return outcome | {"loaded": True}
 
+    def _forget_arguments(self) -> None:
+        """Delete what `nbddp.launch` has called a function with before: no variable has such a name."""
+        for name in [name for name in self.namespace if not name.isidentifier()]:
+            del self.namespace[name]
+
     def held(self) -> dict[str, str]:
         """Return the types of the names that cells and the notebook have given to this rank."""
         return {
             name: _kind(value)
             for name, value in list(self.namespace.items())
-            if not name.startswith("_") and (name not in self._own or name in GIVEN_NAMES)
+            if name.isidentifier() and not name.startswith("_") and (name not in self._own or name in GIVEN_NAMES)
         }
 
     def regroup(self, run_dir: RunDir, backend: str, place: int) -> str:

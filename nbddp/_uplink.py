@@ -85,8 +85,9 @@ class Uplink:
         threading.Thread(target=self._listen, name="nbddp", daemon=True).start()
 
     def _listen(self) -> None:
-        """Help an interrupt through to a main thread that hangs in a collective, where Python's handler cannot run.
+        """Take the notebook's messages: cells, for a rank that stays; and what helps an interrupt through.
 
+        A main thread that hangs in a collective does not run Python's handler.
         Told of an interrupt, see where the main thread is; told to break off, and it has not moved, end the rank's
         side of its connections: collectives raise in the ranks that wait for it, and here when those leave; then Python
         runs its handler.
@@ -213,9 +214,10 @@ def _where() -> dict[str, Any]:
     return {"waits": waits, "line": line}
 
 
-def _main_threads_spot() -> tuple[Any, int] | None:
+def _main_threads_spot() -> tuple[int, int] | None:
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
-    return (frame, frame.f_lasti) if frame is not None else None
+    # Not the frame itself, which would hold the cell's variables.
+    return (id(frame), frame.f_lasti) if frame is not None else None
 
 
 @contextlib.contextmanager

@@ -472,3 +472,13 @@ def test_without_a_notebook(tmp_path: Path) -> None:
     assert done.stdout.splitlines() == ["{'x': 2} <train: 2 ranks, done> 'said\\n'", "running"]
     assert done.stderr == "nbddp: run1 ended with the kernel; its logs are in nbddp-logs/run1-1\n"
     assert (tmp_path / "nbddp-logs/run1-1/rank0.log").read_text() == "up\n"
+
+
+def test_a_run_that_is_over_holds_nothing_of_the_notebooks(kernel: Kernel) -> None:
+    kernel.ok("import gc, weakref\nclass Data(list):\n    pass\ndata = Data([1])\nref = weakref.ref(data)")
+    kernel.begin("%%ddp --cpus 1 --bg train\nprint(data)")
+    assert kernel.get("train.wait()") == {}
+    assert kernel.get("train.log()") == "[1]\n"
+    kernel.ok("del data, _i\nimport sys\n_ = None")
+    kernel.ok("gc.collect()")
+    assert kernel.get("ref() is None") is True

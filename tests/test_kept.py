@@ -59,6 +59,26 @@ def test_an_exception_that_lets_nothing_be_set_comes_as_it_is(ranks: Kernel) -> 
     assert ranks.ok(f"{KEEP}print('on')").lines == ["[rank 0] on", "[rank 1] on"]
 
 
+@pytest.mark.parametrize("options", ["", ", keep=True"])
+def test_a_function_is_called_with_what_it_is_given_each_time(ranks: Kernel, options: str) -> None:
+    ranks.ok("import nbddp\ndouble, triple = (lambda x: 2 * x), (lambda x: 3 * x)")
+    assert ranks.get(f"nbddp.launch(double, 20, cpus=2{options})") == [40, 40]
+    assert ranks.get(f"nbddp.launch(double, 5, cpus=2{options})") == [10, 10]
+    assert ranks.get(f"nbddp.launch(triple, 5, cpus=2{options})") == [15, 15]
+
+
+def test_calls_of_functions_and_cells_share_the_ranks(ranks: Kernel) -> None:
+    ranks.ok(f"{KEEP}import os\nhere = os.getpid()")
+    calls = (
+        "import nbddp, os\ntry:\n    1 / 0\nexcept ZeroDivisionError:\n    pids = nbddp.launch(os.getpid, keep=True)"
+    )
+    assert ranks.ok(calls).text == ""
+    assert ranks.get("pids") == pids(ranks)
+    assert "return value" not in ranks.ok("%ddp status").text
+    assert ranks.run("nbddp.launch(os.getpid, keep=True, on=(5,))").message == "--on 5: the kept ranks are 0-1"
+    assert ranks.ok("%%ddp --keep\nprint(here == os.getpid())").lines == ["[rank 0] True", "[rank 1] True"]
+
+
 # What is held.
 
 
@@ -629,3 +649,123 @@ def test_cell_after_cell_leaves_nothing(new_kernel: Callable[..., Kernel]) -> No
         assert p.memory_full_info().uss - was < 10_000_000
     assert kernel.ok("%%ddp --keep\nprint(keep.item())").lines == ["[rank 0] 1.0", "[rank 1] 1.0"]
     kernel.ok("%ddp stop")
+
+
+# What could go wrong between cells.
+
+
+def test_results_of_some_ranks_come_from_the_first_of_them(ranks: Kernel) -> None:
+    ranks.ok(f"{KEEP}z = rank")
+    ranks.ok("%%ddp --keep --on 1 --out z\nz = 77")
+    assert ranks.get("z") == 77
+
+
+def test_what_ranks_are_called_is_theirs(ranks: Kernel) -> None:
+    ranks.ok("rank = 7")
+    reply = ranks.ok(f"{KEEP}print(rank)")
+    assert "nbddp: each rank has its own rank; the notebook's stays there: rank = 7" in reply.text
+    assert {"[rank 0] 0", "[rank 1] 1"} <= {*reply.lines}
+    assert ranks.ok("%%ddp --keep\nprint(rank)").lines == ["[rank 0] 0", "[rank 1] 1"]
+    assert ranks.ok("del rank\n").status == "ok"
+    assert ranks.ok("%%ddp --keep\nprint(rank)").lines == ["[rank 0] 0", "[rank 1] 1"]
+
+
+def test_what_torch_reads_when_it_loads_is_no_matter_to_ranks_that_are_there(ranks: Kernel) -> None:
+    ranks.ok(f"{KEEP}n = 3")
+    ranks.ok("import os\nos.environ['TORCH_SHOW_CPP_STACKTRACES'] = '1'")
+    try:
+        assert ranks.ok("%%ddp --keep\nprint(n)").lines == ["[rank 0] 3", "[rank 1] 3"]
+        assert "have ended" in ranks.ok("%ddp stop").text
+    finally:
+        ranks.ok("del os.environ['TORCH_SHOW_CPP_STACKTRACES']")
+
+
+def test_an_interrupt_that_the_cell_catches_leaves_collectives_that_work(ranks: Kernel) -> None:
+    ranks.ok("import torch, torch.distributed as dist\n")
+    ranks.ok(f"{KEEP}n = 3")
+    cell = (
+        "%%ddp --keep\nprint('up', flush=True)\ntry:\n    while True:\n        dist.all_reduce(torch.ones(1))\n"
+        "except KeyboardInterrupt:\n    pass"
+    )
+    reply = ranks.run_and(cell, "[rank 1] up", ranks.interrupt)
+    assert reply.status == "ok", reply.traceback
+    reply = ranks.ok("%%ddp --keep\nx = torch.ones(1)\ndist.all_reduce(x)\nprint(n, x.item())")
+    assert reply.lines == ["[rank 0] 3 2.0", "[rank 1] 3 2.0"]
+
+
+def test_a_rank_that_begins_when_another_has_failed_is_interrupted(ranks: Kernel) -> None:
+    ranks.ok("import os, signal, time, torch.distributed as dist")
+    ranks.ok(f"{KEEP}n = 3")
+    late = pids(ranks)[1]
+    os.kill(late, signal.SIGSTOP)
+    request = ranks.ask("%%ddp --keep\nif rank == 0:\n    raise ValueError('no data')\ndist.barrier()")
+    request.wait(1.5)
+    os.kill(late, signal.SIGCONT)
+    assert request.wait(20)
+    assert request.reply.error == "ValueError"
+    assert "the 2 ranks stay" in request.reply.text
+    assert ranks.ok("%%ddp --keep\nprint(n)").lines == ["[rank 0] 3", "[rank 1] 3"]
+
+
+def test_last_words_between_two_cells_are_shown(ranks: Kernel) -> None:
+    last = "def last():\n    time.sleep(0.7)\n    print('disk on fire', flush=True)\n    os._exit(3)"
+    start = f"{KEEP}import os, threading, time\n{last}\nif rank == 1:\n    threading.Thread(target=last).start()"
+    request = ranks.begin(start)
+    request.follow(lambda reply: "the kept ranks are gone" in reply.text)
+    assert "[rank 1] disk on fire" in request.reply.text
+    assert "rank 1 left the process with status 3 between two cells" in request.reply.text
+    assert "status 3 between two cells, and the kept ranks are gone" in ranks.run("%%ddp --keep\n1").message
+    ranks.ok(f"{KEEP}import atexit\natexit.register(print, 'good bye', rank)")
+    assert "[rank 1] good bye 1" in ranks.ok("%ddp stop").text
+
+
+def test_the_time_without_a_cell_stays_as_it_was_asked_for(ranks: Kernel) -> None:
+    ranks.ok("%%ddp --keep --cpus 1 --idle 0\nb = 1")
+    ranks.ok("b = 2\n%ddp push b")
+    assert "until %ddp stop" in ranks.ok("%ddp status").text
+
+
+def test_defaults_are_for_ranks_that_are_started(ranks: Kernel) -> None:
+    ranks.ok(f"{KEEP}n = 3")
+    try:
+        ranks.ok("%config DDPMagics.defaults = '--cpus 3 --env A=1 --keep'")
+        assert ranks.ok("%%ddp\nprint(n)").lines == ["[rank 0] 3", "[rank 1] 3"]
+        assert ranks.ok("%ddp world_size").value == {"text/plain": "3"}
+    finally:
+        ranks.ok("%config DDPMagics.defaults = ''")
+
+
+def test_what_a_dry_run_says_of_ranks_that_are_there(ranks: Kernel) -> None:
+    ranks.ok("m = 1")
+    ranks.ok(f"{KEEP}n = m")
+    shown = ranks.ok("other = 5\nm = 2\n") and ranks.ok("%%ddp --keep --dry-run\nprint(n, m, other)").text
+    assert shown.startswith("on the kept ranks; nothing is started\n")
+    assert "other" in shown
+    assert " m " not in shown
+
+
+def test_a_cell_of_a_magics_own_is_not_sent_by_itself(ranks: Kernel) -> None:
+    ranks.ok(f"{KEEP}n = 3")
+    ranks.ok("%ddp auto on")
+    assert "rank" not in ranks.ok("%%time\nimport os\nhere = os.getpid()").text
+    assert ranks.run("%%capture caught\nprint(os.getpid() == here)").text == ""
+    assert "the kept ranks" not in ranks.ok("os?").text
+    assert "[rank 1] 3" in ranks.ok("print(n)").text
+    ranks.ok("%ddp auto off")
+    assert ranks.ok("print(here == os.getpid(), caught.stdout)").text == "True True\n\n"
+
+
+def test_a_failed_cells_variables_are_not_held(ranks: Kernel) -> None:
+    ranks.ok("import time, weakref")
+    ranks.ok(
+        f"{KEEP}import gc, weakref\nclass Big:\n    pass\nrefs = []\n"
+        "def work(fails):\n    big = Big()\n    refs.append(weakref.ref(big))\n    print('up', flush=True)\n"
+        "    if fails:\n        raise ValueError\n    time.sleep(60)"
+    )
+    assert ranks.run("%%ddp --keep\nwork(True)").error == "ValueError"
+    reply = ranks.run_and("%%ddp --keep\nwork(False)", "[rank 1] up", ranks.interrupt)
+    assert reply.error == "KeyboardInterrupt"
+    ranks.ok("%%ddp --keep\n1")
+    left = ranks.ok("%%ddp --keep --gather left\ngc.collect()\nleft = [ref() is None for ref in refs]")
+    assert left.status == "ok"
+    assert ranks.get("left") == [[True, True]] * 2
