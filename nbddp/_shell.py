@@ -173,6 +173,10 @@ class RankShell(InteractiveShell):
             self.traceback = self._rendered(kind, value, tb, tb_offset)
             if left_out:
                 self.traceback += (f"({left_out} frames in between are not shown)",)
+        # For a debugger, which a rank has not; and what fails in a rank that stays has the GPU's memory in its frames.
+        for name in ("last_type", "last_value", "last_traceback", "last_exc"):
+            if hasattr(sys, name):
+                delattr(sys, name)
 
     def showsyntaxerror(self, *_: Any, **__: Any) -> None:
         """Keep the traceback of a syntax error, such as of an imported module."""
@@ -188,6 +192,7 @@ class RankShell(InteractiveShell):
         finally:
             if file is not None:
                 self.user_ns["__file__"] = file
+            self.InteractiveTB.tb = None
         for name, number in self._cells.items():
             lines = tuple(line.replace(name, f"In[{number}]") for line in lines)
         return lines
