@@ -23,6 +23,7 @@ The pickler is cloudpickle's with five additions:
 from __future__ import annotations
 
 import functools
+import importlib
 import pickle
 import sys
 import types
@@ -203,7 +204,7 @@ class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle is unty
         }
         self._keep: list[Any] = []
         self._forget: Callable[[], None] = lambda: None
-        self._families = [*_reducers.families(), *_torch_objects.families()]
+        self._families = [(types.ModuleType, _reduce_module), *_reducers.families(), *_torch_objects.families()]
         # Present but half imported, in another thread, is as good as absent: nothing can have made a tensor yet.
         torch, numpy = sys.modules.get("torch"), sys.modules.get("numpy")
         if torch is not None and hasattr(torch, "UntypedStorage"):
@@ -331,6 +332,11 @@ def goes_by_name(obj: Any) -> bool:
     """Tell whether a module, function or class is imported where it goes to, not sent."""
     definition = isinstance(obj, types.ModuleType | types.FunctionType | type)
     return definition and bool(cloudpickle.cloudpickle._should_pickle_by_reference(obj))
+
+
+def _reduce_module(module: types.ModuleType) -> Any:
+    """Reduce also what stands in a module's place, as torch.backends.cudnn does; cloudpickle knows plain ones only."""
+    return (importlib.import_module, (module.__name__,)) if goes_by_name(module) else NotImplemented
 
 
 def _leave(_: Any) -> Any:

@@ -346,6 +346,18 @@ def test_names_of_modules_stay_names(new_kernel: Callable[..., Kernel], tmp_path
     )
 
 
+def test_modules_of_types_of_their_own(kernel: Kernel) -> None:
+    # torch.classes is taken for used by a function that has an attribute of that name, and torch.
+    kernel.ok(
+        "import torch\nimport torch.backends.cudnn as cudnn\n"
+        "class Head(torch.nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n        self.classes = torch.nn.Linear(2, 3)\n"
+        "def prepare():\n    cudnn.benchmark = True\n    return torch.backends.cudnn is cudnn and Head()"
+    )
+    kernel.ok("%%ddp --cpus 1 --out head\nhead = prepare()\nassert cudnn.benchmark and cudnn is torch.backends.cudnn")
+    assert kernel.get("type(head) is Head, head.classes.out_features, cudnn.benchmark") == (True, 3, False)
+
+
 def test_what_a_rank_writes_stays_there(kernel: Kernel) -> None:
     kernel.ok("import torch, numpy as np\nt, a = torch.zeros(1 << 20), np.zeros(1 << 20)")
     kernel.ok(
