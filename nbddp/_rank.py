@@ -121,6 +121,9 @@ def restore(
             if keep:
                 _state.kept = _serve.Kept(namespace, device)
         else:
+            # It is no rank of torchrun's: where it says that a group meets there is no store of the agent's, and torch
+            # would wait for one until the group's timeout.
+            os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
             _workers.send_back_by_value()
         _complete("names restored")
     except BaseException as error:

@@ -192,6 +192,23 @@ def test_code_that_initialises_the_group_itself_runs_unchanged(kernel: Kernel, c
     assert reply.lines == ["[rank 0] 2.0", "[rank 1] 2.0"]
 
 
+def test_processes_that_a_rank_spawns_meet_where_they_say(kernel: Kernel) -> None:
+    kernel.ok(
+        "import socket, torch, torch.distributed as dist, torch.multiprocessing as mp\n"
+        "def worker(index, port):\n"
+        "    dist.init_process_group('gloo', init_method=f'tcp://127.0.0.1:{port}', rank=index, world_size=2)\n"
+        "    t = torch.ones(1)\n    dist.all_reduce(t)\n"
+        "    if index == 0: print(t.item())\n"
+        "    dist.destroy_process_group()"
+    )
+    reply = kernel.ok(
+        "%%ddp --cpus 1\nwith socket.create_server(('127.0.0.1', 0)) as server:\n    port = server.getsockname()[1]\n"
+        "mp.spawn(worker, (port,), nprocs=2)",
+        timeout=60,
+    )
+    assert reply.lines == ["2.0"]
+
+
 def test_data_loader_workers(kernel: Kernel) -> None:
     kernel.ok(
         "import torch\nclass Data(torch.utils.data.Dataset):\n"
