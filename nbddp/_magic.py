@@ -161,7 +161,7 @@ class DDPMagics(Magics):
         if options.auto:
             sys.stdout.write("nbddp: this cell runs on the kept ranks, not in the notebook (%ddp auto off)\n")
         finished = self._perform(job)
-        stale = _stale_optimizers(self.shell.user_ns, finished.results)
+        stale = _stale_optimizers(self.shell.user_ns, options)
         # One call into C, which no interrupt can tear.
         self.shell.user_ns.update(finished.results)
         if stale:
@@ -442,7 +442,7 @@ class DDPMagics(Magics):
 DDPMagics.ddp.__doc__ = f"{help_text()}\n{_commands.LINE_HELP}"
 
 
-def _stale_optimizers(space: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+def _stale_optimizers(space: Mapping[str, Any], options: Options) -> str:
     """Return a line on optimizers of the notebook whose parameters are about to be another model's; or none.
 
     A model that comes back is a new object. An optimizer that did not come with it would go on stepping the old one's
@@ -451,6 +451,7 @@ def _stale_optimizers(space: Mapping[str, Any], results: Mapping[str, Any]) -> s
     torch = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "optim"):
         return ""
+    results = *options.out, *options.gather
     models = {name: space.get(name) for name in results if isinstance(space.get(name), torch.nn.Module)}
     for name, optimizer in list(space.items()):
         if name.startswith("_") or name in results or not isinstance(optimizer, torch.optim.Optimizer):
@@ -458,9 +459,10 @@ def _stale_optimizers(space: Mapping[str, Any], results: Mapping[str, Any]) -> s
         own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for model, module in models.items():
             if module is not None and any(id(parameter) in own for parameter in module.parameters()):
+                option, names = ("--out", options.out) if model in options.out else ("--gather", options.gather)
                 return (
                     f"nbddp: {name} still holds the parameters that {model} had before; what is to come back as one "
-                    f"goes into one --out: {','.join([*results, name])}"
+                    f"goes into one {option}: {','.join([*names, name])}"
                 )
     return ""
 

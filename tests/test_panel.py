@@ -229,6 +229,10 @@ def test_an_optimizer_that_is_left_behind_is_named(kernel: Kernel) -> None:
         "--out: net,opt\n"
     )
     kernel.ok("opt = torch.optim.SGD(net.parameters(), 0.1)")
+    # A name of --gather cannot stand behind --out as well.
+    reply = kernel.ok("%%ddp --cpus 1 --out net --gather steps\nopt.step()\nsteps = 1\nnet")
+    assert reply.text.endswith(" goes into one --out: net,opt\n")
+    kernel.ok("opt = torch.optim.SGD(net.parameters(), 0.1)")
     assert kernel.ok("%%ddp --cpus 1 --out net,opt\nopt.step()\nnet").text == ""
 
 
