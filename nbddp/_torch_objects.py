@@ -22,6 +22,9 @@ def families() -> list[tuple[type, Reducer]]:
         ("torch.jit", "ScriptModule", _reduce_script),
         ("torch.jit", "ScriptFunction", _reduce_script),
         ("torch._C._distributed_c10d", "ProcessGroup", _PROCESS_GROUP),
+        ("torch.distributed.tensor", "DTensor", _SHARDED_TENSOR),
+        ("torch.distributed.fsdp", "FSDPModule", _SHARDED_MODULE),
+        ("torch.distributed.fsdp", "FullyShardedDataParallel", _SHARDED_MODULE),
         ("torch.cuda", "CUDAGraph", _CUDA_CONTEXT),
         ("torch.cuda", "Stream", _CUDA_CONTEXT),
         ("torch.cuda", "Event", _CUDA_CONTEXT),
@@ -168,6 +171,17 @@ def state_of(obj: Any) -> Any:
 _PROCESS_GROUP = refuser(
     "a process group is a set of connections between processes",
     "Ranks have one already; make others inside {place}, with torch.distributed.new_group()",
+)
+# By itself a DTensor goes with this rank's shard, as if that were all of it.
+_SHARDED_TENSOR = refuser(
+    "each rank has only its shard of it. Its full_tensor(), called on every rank, is the whole tensor",
+    "Make it inside {place}",
+)
+_SHARDED_MODULE = refuser(
+    "each rank has only its shards of the parameters. get_model_state_dict(model, options=StateDictOptions("
+    "full_state_dict=True, cpu_offload=True)) of torch.distributed.checkpoint.state_dict, called on every rank, "
+    "gives rank 0 a dictionary of whole tensors",
+    "Shard it inside {place}",
 )
 _CUDA_CONTEXT = refuser("it belongs to this process's work on its GPU", "Make it inside {place}")
 

@@ -86,6 +86,27 @@ def test_what_some_ranks_have_is_not_lost(kernel: Kernel) -> None:
     assert kernel.get("found") == {0: "0", 2: "2"}
 
 
+def test_a_shard_does_not_come_back_as_the_whole(kernel: Kernel) -> None:
+    kernel.ok("import torch\nnet = torch.nn.Linear(4, 4, bias=False)")
+    kernel.ok(
+        "def shard():\n    from torch.distributed.device_mesh import init_device_mesh\n"
+        "    from torch.distributed.fsdp import fully_shard\n"
+        "    return fully_shard(net, mesh=init_device_mesh('cpu', (2,)))"
+    )
+    reply = kernel.run(
+        "%%ddp --cpus 2 --out net,state,whole\nnet = shard()\nstate, whole = net.state_dict(), net.weight.full_tensor()"
+    )
+    assert reply.error == "ResultError"
+    assert "cannot bring back 'net' (torch.distributed.fsdp." in reply.message
+    assert "FSDPLinear): each rank has only its shards of the parameters. get_model_state_dict(" in reply.message
+    assert (
+        "cannot bring back 'state['weight']' (torch.distributed.tensor.DTensor): each rank has only its shard of it. "
+        "Its full_tensor(), called on every rank, is the whole tensor" in reply.message
+    )
+    assert "%ddp results has the rest: whole" in reply.message
+    assert kernel.get("get_ipython().run_line_magic('ddp', 'results')['whole'].shape == (4, 4)")
+
+
 def test_the_snapshot_is_not_kept(kernel: Kernel) -> None:
     kernel.ok("import numpy as np, gc\na = np.ones((1 << 12, 1 << 12))[:, ::2]")
     kernel.run("%%ddp --cpus 1\na\nraise ValueError")
