@@ -36,6 +36,9 @@ _EXPANSION = re.compile(r"\$\{?([^\W\d]\w*)|\{([^{}]*)\}")
 # What lets a cell bind names that its text does not show.
 _DYNAMIC = frozenset({"exec", "eval", "globals", "locals", "vars", "get_ipython"})
 
+# Context managers that end an exception, by their names: contextlib.suppress, pytest.raises, unittest's assertRaises.
+_SWALLOWS = re.compile(r"suppress|raises|ignor|catch|swallow", re.IGNORECASE)
+
 
 class Uses:
     """The names that a cell takes and binds.
@@ -85,9 +88,9 @@ class Uses:
                     self._expression(item.context_expr, bound)
                     if item.optional_vars is not None:
                         bound |= self._target(item.optional_vars, bound)
-                # Some, such as contextlib.suppress, go on after an exception in the middle.
-                self._block(stmt.body, bound)
-                return bound
+                inside = self._block(stmt.body, bound)
+                # What goes on after an exception in the middle has bound what it has bound.
+                return bound if any(_SWALLOWS.search(ast.unparse(item.context_expr)) for item in stmt.items) else inside
             case ast.Try() | ast.TryStar():
                 inside = self._block(stmt.body, bound)
                 for handler in stmt.handlers:
