@@ -35,10 +35,11 @@ _READ_AT_LOAD = (
 )  # fmt: skip
 
 # Of those, the ones that are read later than that, that a forked rank puts right itself, or that libraries set in the
-# notebook's process on their own (torch at the first optimizer, scikit-learn when it is imported).
+# notebook's process on their own (torch at the first optimizer, scikit-learn and Lightning when they are imported).
 _READ_LATER = (
     *THREAD_LIMITS, "TORCH_NCCL_", "TORCH_DISTRIBUTED_DEBUG", "TORCHELASTIC_", "TORCH_ELASTIC_", "TORCH_HOME",
     "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "TRITON_HOME", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK",
+    "PYTORCH_NVML_BASED_CUDA_CHECK",
 )  # fmt: skip
 
 

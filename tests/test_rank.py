@@ -124,7 +124,8 @@ def test_variables_that_are_read_later_need_no_new_launcher(kernel: Kernel) -> N
     kernel.ok("%%ddp --cpus 1\npass")
     kernel.ok("import nbddp._function as f\nbefore = f.client._process.pid")
     kernel.ok(
-        "%%ddp --cpus 1 --env NCCL_DEBUG=INFO --env OMP_NUM_THREADS=2 --env TORCH_DISTRIBUTED_DEBUG=DETAIL\n"
+        "%%ddp --cpus 1 --env NCCL_DEBUG=INFO --env OMP_NUM_THREADS=2 --env TORCH_DISTRIBUTED_DEBUG=DETAIL "
+        "--env PYTORCH_NVML_BASED_CUDA_CHECK=1\n"
         "import torch.distributed as d\nprint(d.get_debug_level())"
     )
     assert kernel.get("f.client._process.pid == before") is True
