@@ -13,13 +13,15 @@ What libraries keep for themselves has names here, too: `_idioms.SETTINGS` (envi
 from __future__ import annotations
 
 import ast
+import builtins
 import types
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 from nbddp import _idioms
 from nbddp._cells import Piece, Transform, dotted, immediate
-from nbddp._names import MODULES_OWN, Uses
+from nbddp._names import MODULES_OWN, Uses, globals_of
+from nbddp._objects import HIDDEN, UNKNOWN, Class, Function, Objects, arguments_of, root_of, stored
 
 _COMPOUND = ast.If | ast.For | ast.AsyncFor | ast.While | ast.With | ast.AsyncWith | ast.Try | ast.TryStar | ast.Match
 
@@ -47,67 +49,77 @@ class Effects:
     seeds: frozenset[str] = frozenset()
 
 
-@dataclass
-class _Function:
+@dataclass(frozen=True)
+class _Summary:
     """What a call of a function of the notebook does.
 
     Attributes:
-        parameters: Its parameters, in order.
-        changed: Those of them whose arguments it changes.
-        outside: Variables of the notebook that it changes, settings and generators included.
-        returns: Parameters that what it returns may hold.
-        seeds: Generators that it seeds.
-        iterated: Parameters whose arguments it iterates over.
+        changed: Parameters whose arguments it changes.
+        called: Parameters whose arguments it calls, knowing nothing of them.
+        outside: Names outside it whose objects it changes.
+        draws: Global generators that it draws from.
+        seeds: Global generators that it seeds.
+        settings: Whether it sets something for the whole process.
+        returns: Parameters, and names outside it, that what it returns may hold.
+        kinds: What may have made what it returns.
+        functions: Functions that it returns.
+        attributes: What may have made the attributes that it sets, by ``parameter.attribute``.
+        generates: Whether it goes on when what it returns is iterated over.
     """
 
-    parameters: tuple[str, ...] = ()
     changed: frozenset[str] = frozenset()
+    called: frozenset[str] = frozenset()
     outside: frozenset[str] = frozenset()
-    returns: frozenset[str] = frozenset()
+    draws: frozenset[str] = frozenset()
     seeds: frozenset[str] = frozenset()
-    iterated: frozenset[str] = frozenset()
+    settings: bool = False
+    returns: frozenset[str] = frozenset()
+    kinds: frozenset[str] = frozenset()
+    functions: tuple[Function, ...] = ()
+    attributes: tuple[tuple[str, frozenset[str]], ...] = ()
+    generates: bool = False
 
 
 @dataclass
-class Flow:
-    """What is known of the notebook's names at a point of it.
+class _Known:
+    """What functions and classes do that a statement uses: they are read anew for each.
 
     Attributes:
-        imports: What each imported name stands for, dotted.
-        functions: The functions, and as functions without parameters the classes.
-        holds: For each name, the names whose objects its own object may consist of.
-        gradients: For each name, the models that it was computed by.
-        late: For each name, the names that functions behind it read when they are called.
-        constants: Names of numbers, strings and the like, which nothing can change.
-        generators: Names of random number generators.
-        loaders: Names of what draws random numbers when it is iterated over.
-        shown: Names of figures and the like, which leave what they are given as it is.
-        records: Names of what consists of constants: a configuration, whose parts go anywhere and are changed nowhere.
-        seeded: The global generators that have been seeded.
+        summaries: For each function, and what is known of its arguments, what a call of it does.
+        attributes: For each class what may have made the attributes of its objects.
+        open: The functions that are being read, each called by another.
+        again: Those of them that have been called again meanwhile.
     """
 
-    imports: dict[str, str] = field(default_factory=dict)
-    functions: dict[str, _Function] = field(default_factory=dict)
-    classes: set[str] = field(default_factory=set)
-    holds: dict[str, frozenset[str]] = field(default_factory=dict)
-    gradients: dict[str, frozenset[str]] = field(default_factory=dict)
-    late: dict[str, frozenset[str]] = field(default_factory=dict)
-    constants: set[str] = field(default_factory=set)
-    generators: set[str] = field(default_factory=set)
-    loaders: set[str] = field(default_factory=set)
-    shown: set[str] = field(default_factory=set)
-    records: set[str] = field(default_factory=set)
-    seeded: set[str] = field(default_factory=set)
+    summaries: dict[Hashable, _Summary] = field(default_factory=dict)
+    attributes: dict[ast.ClassDef, dict[str, frozenset[str]]] = field(default_factory=dict)
+    open: list[Hashable] = field(default_factory=list)
+    again: set[Hashable] = field(default_factory=set)
+
+
+@dataclass
+class Flow(Objects):
+    """What is known of the notebook's names at a point of it, and how it goes on.
+
+    Attributes:
+        notebook: What is known outside of the function that is read; None outside of functions.
+        inside: The class whose method is read, and what the method calls its object.
+    """
+
+    notebook: Flow | None = None
+    inside: tuple[str, str] | None = None
+    # Functions are read when they are called, with what is known then.
+    _known: _Known = field(default_factory=_Known)
 
     def copy(self) -> Flow:
         """Return a copy that can go another way."""
-        return Flow(**{name: value.copy() for name, value in vars(self).items()})
+        return Flow(**self.copied(), notebook=self.notebook, inside=self.inside, _known=self._known)  # type: ignore[arg-type]
 
     def follow(self, piece: Piece, transform: Transform) -> Effects:
         """Return what a statement does, and go on to behind it."""
         if not piece.text:
-            bound = piece.binds | (_stored(piece.node) if piece.magic else frozenset())
-            self._forget(bound)
+            bound = piece.binds | (stored(piece.node) if piece.magic else frozenset())
+            self.forget(bound)
             return Effects(frozenset(), bound, bound, frozenset())
         uses = Uses([piece.node], transform)
         now, late = _reads(piece.node)
@@ -116,6 +128,7 @@ class Flow:
         reads = now & frozenset(uses.taken) if definition else frozenset(uses.taken)
         reads |= self.behind(reads)
         was_seeded = set(self.seeded)
+        self._known = _Known()
         done = _Done()
         self._statement(piece.node, done)
         for name in uses.certain if definition else uses.bound:
@@ -160,7 +173,7 @@ class Flow:
                     todo.append(name)
         return frozenset(found)
 
-    # From here on: what is changed.
+    # Statements.
 
     def _statement(self, node: ast.stmt, done: _Done) -> None:
         """Follow a statement, and those in it in the order in which they stand."""
@@ -168,14 +181,14 @@ class Flow:
             case ast.Import() | ast.ImportFrom():
                 self._import(node)
             case ast.FunctionDef() | ast.AsyncFunctionDef():
-                self._forget({node.name})
-                self.functions[node.name] = self._function(node)
+                self._calls(node, done)
+                self._define(node)
             case ast.ClassDef():
-                self._forget({node.name})
-                self.classes.add(node.name)
+                self._calls(node, done)
+                self.forget({node.name})
                 if any("dataclass" in ast.unparse(decorator) for decorator in node.decorator_list):
                     self.records.add(node.name)
-                self.functions[node.name] = self._class(node)
+                self.classes[node.name] = Class(node)
             case ast.Assign() | ast.AnnAssign() | ast.AugAssign():
                 self._calls(node, done)
                 targets = node.targets if isinstance(node, ast.Assign) else [node.target]
@@ -193,6 +206,13 @@ class Flow:
             case _:
                 self._calls(node, done)
 
+    def _define(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+        held = self.held_by_function(node) if self.notebook is not None else frozenset()
+        self.forget({node.name})
+        self.functions[node.name] = (Function(node, nested=self.notebook is not None),)
+        if held:
+            self.holds[node.name] = held - {node.name}
+
     def _compound(self, node: ast.stmt, done: _Done) -> None:
         for name, part in ast.iter_fields(node):
             match name, part:
@@ -201,34 +221,49 @@ class Flow:
                 case "items", list():
                     for item in part:
                         self._calls(item.context_expr, done)
+                        self._special(item.context_expr, ("__enter__", "__exit__", "__aenter__", "__aexit__"), done)
                         if item.optional_vars is not None:
                             self._assign(item.optional_vars, item.context_expr, done)
         if isinstance(node, ast.For | ast.AsyncFor):
-            root = _root(node.iter.args[0] if isinstance(node.iter, ast.Call) and node.iter.args else node.iter)
-            if root in self.loaders:
-                done.draws.add(_idioms.GENERATORS[0])
-            if root is not None:
-                done.iterated.add(root)
-            self._assign(node.target, node.iter, done)
-        for block in _blocks(node):
-            for stmt in block:
-                self._statement(stmt, done)
+            self._iterate(node.iter, done)
+        if isinstance(node, ast.If | ast.Match):
+            ways = [case.body for case in node.cases] if isinstance(node, ast.Match) else [node.body, node.orelse]
+            before = self.copy()
+            after = []
+            for way in ways:
+                flow = before.copy()
+                flow._block(way, done)
+                after.append(flow)
+            if isinstance(node, ast.If):
+                vars(self).update(vars(after.pop()))
+            self.join(after)
+            return
+        # What a round of a loop leaves behind, the next one finds.
+        for _ in range(2 if isinstance(node, ast.For | ast.AsyncFor | ast.While) else 1):
+            if isinstance(node, ast.For | ast.AsyncFor):
+                self._assign(node.target, self._element(node.iter), done)
+            for block in _blocks(node):
+                before = self.copy()
+                self._block(block, done)
+                if isinstance(node, ast.Try | ast.TryStar):
+                    self.join([before])
+
+    def _element(self, node: ast.expr) -> ast.expr:
+        """Return an expression for an element of what is iterated over."""
+        return node if self.is_constant(node) else ast.Subscript(node, ast.Constant(0), ast.Load())
+
+    def _block(self, block: Iterable[ast.stmt], done: _Done) -> None:
+        for stmt in block:
+            self._statement(stmt, done)
 
     def _import(self, node: ast.Import | ast.ImportFrom) -> None:
         for alias in node.names:
             name = alias.asname or alias.name.partition(".")[0]
-            self._forget({name})
+            self.forget({name})
             if isinstance(node, ast.ImportFrom):
                 self.imports[name] = f"{'.' * node.level}{node.module or ''}.{alias.name}"
             else:
                 self.imports[name] = alias.name if alias.asname else name
-
-    def _forget(self, names: Iterable[str]) -> None:
-        for name in names:
-            for table in (self.imports, self.functions, self.holds, self.gradients, self.late):
-                table.pop(name, None)
-            for names_of in (self.classes, self.constants, self.generators, self.loaders, self.shown, self.records):
-                names_of.discard(name)
 
     def _assign(self, target: ast.expr, value: ast.expr, done: _Done, *, again: bool = False) -> None:
         if isinstance(target, ast.Tuple | ast.List):
@@ -238,333 +273,622 @@ class Flow:
             for part, its in zip(target.elts, values, strict=True):
                 self._assign(part.value if isinstance(part, ast.Starred) else part, its, done)
             return
-        held, gradients = self._held(value), self._gradients(value)
+        held, gradients, kinds = self.held(value), self.gradients_of(value), self.kinds(value)
         if not isinstance(target, ast.Name):
             self._changed(target, done)
-            if (root := _root(target)) and root not in self.imports:
+            if (root := root_of(target)) and root not in self.imports:
                 self.holds[root] = self.holds.get(root, frozenset()) | held - {root}
+                key = ast.unparse(target) if isinstance(target, ast.Attribute) else root
+                self.made[key] = self.made.get(key, frozenset()) | kinds
             return
         name = target.id
-        known = self._callee(value) if isinstance(value, ast.Call) else ""
+        known = self.callee(value) if isinstance(value, ast.Call) else ""
         shown = known.partition(".")[0] in _idioms.SHOW
         if again:
             if name not in self.constants:
                 self._changed(target, done)
             held |= self.holds.get(name, frozenset())
             gradients |= self.gradients.get(name, frozenset())
-        constant = self._is_constant(value) and (not again or name in self.constants)
-        record = self._is_record(value)
-        function = self.functions.get(value.id) if isinstance(value, ast.Name) else None
-        self._forget({name})
+            kinds |= self.made.get(name, UNKNOWN)
+        constant = self.is_constant(value) and (not again or name in self.constants)
+        record = self.is_record(value)
+        functions = self._functions_of(value)
+        self.forget({name})
         self.holds[name] = held - {name}
         self.gradients[name] = gradients
+        self.made[name] = kinds
         if constant:
             self.constants.add(name)
         if record:
             self.records.add(name)
-        if function is not None:
-            self.functions[name] = function
-        if _idioms.MAKES_GENERATOR.search(known) and "random" in known + "torch" * known.startswith("torch."):
-            self.generators.add(name)
-        if known.endswith("Generator"):
-            self.generators.add(name)
-        if known.endswith("DataLoader"):
-            self.loaders.add(name)
+        if functions:
+            self.functions[name] = functions
         if shown:
             self.shown.add(name)
 
-    def _is_constant(self, value: ast.expr) -> bool:
-        match value:
-            case ast.Constant() | ast.JoinedStr() | ast.Compare():
-                return True
-            case ast.Name():
-                return value.id in self.constants
-            case ast.Tuple():
-                return all(self._is_constant(part) for part in value.elts)
-            case ast.BinOp():
-                return self._is_constant(value.left) and self._is_constant(value.right)
-            case ast.UnaryOp():
-                return self._is_constant(value.operand)
-            case ast.IfExp():
-                return self._is_constant(value.body) and self._is_constant(value.orelse)
-            case ast.Call():
-                callee = self._callee(value) or dotted(value.func)
-                return (
-                    callee in _idioms.CONSTANTS
-                    or callee.endswith(".item")
-                    or callee in ("torch.device", "pathlib.Path")
-                )
-        return False
-
-    def _is_record(self, value: ast.expr) -> bool:
-        match value:
-            case ast.Dict():
-                return all(self._is_constant(part) for part in (*value.keys, *value.values) if part is not None)
-            case ast.Call():
-                parts = [*value.args, *(keyword.value for keyword in value.keywords)]
-                if not all(self._is_constant(part) for part in parts):
-                    return False
-                name = (self._callee(value) or dotted(value.func)).rpartition(".")[2]
-                return name in self.records or name in ("SimpleNamespace", "Namespace", "parse_args", "dict")
-        return False
-
-    def _held(self, value: ast.expr | None) -> frozenset[str]:
-        """Return the names whose objects the value of an expression may be, or consist of."""
-        match value:
-            case ast.Name() if value.id in self.imports or value.id in self.constants or value.id in self.functions:
-                return frozenset()
-            case ast.Name():
-                return frozenset({value.id}) | self.holds.get(value.id, frozenset())
-            case ast.Attribute() | ast.Subscript() if _root(value) in self.records:
-                return frozenset()
-            case ast.Attribute() | ast.Subscript() | ast.Starred() | ast.Await() | ast.NamedExpr():
-                return self._held(value.value)
-            case ast.Tuple() | ast.List() | ast.Set():
-                return self._all_held(value.elts)
-            case ast.Dict():
-                return self._all_held([part for part in (*value.keys, *value.values) if part is not None])
-            case ast.BoolOp():
-                return self._all_held(value.values)
-            case ast.IfExp():
-                return self._held(value.body) | self._held(value.orelse)
-            case ast.ListComp() | ast.SetComp() | ast.GeneratorExp():
-                return self._held(value.elt) | self._all_held([part.iter for part in value.generators])
-            case ast.DictComp():
-                return self._held(value.value) | self._all_held([part.iter for part in value.generators])
-            case ast.Call():
-                return self._held_by_result(value)
-        return frozenset()
-
-    def _all_held(self, values: Sequence[ast.expr]) -> frozenset[str]:
-        return frozenset().union(*(self._held(value) for value in values))
-
-    def _held_by_result(self, call: ast.Call) -> frozenset[str]:
-        arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
-        callee = self._callee(call)
-        if isinstance(call.func, ast.Name) and call.func.id in self.functions and call.func.id not in self.classes:
-            bound = self._bound(self.functions[call.func.id], call)
-            return self._all_held([value for name, value in bound if name in self.functions[call.func.id].returns])
-        if callee:
-            last = callee.rpartition(".")[2]
-            fresh = callee.partition(".")[0] in _idioms.COMPUTE and not _idioms.CLASS.match(last)
-            keeps = last in (
-                "from_numpy",
-                "as_tensor",
-                "asarray",
-                "compile",
-                "zip",
-                "iter",
-                "partial",
-                "chain",
-                "cycle",
-            )
-            return frozenset() if fresh and not keeps else self._all_held(arguments)
-        if isinstance(call.func, ast.Attribute):
-            return self._held(call.func.value)
-        name = dotted(call.func)
-        if (
-            name in self.classes
-            or _idioms.CLASS.match(name)
-            or name in ("list", "tuple", "dict", "set", "iter", "zip", "map")
-        ):
-            return self._all_held(arguments)
-        return frozenset()
-
-    def _gradients(self, value: ast.expr) -> frozenset[str]:
-        """Return the models by which the value of an expression was computed, as far as that can be seen."""
-        found: set[str] = set()
-        for node in ast.walk(value):
-            if isinstance(node, ast.Call) and not self._callee(node) and (root := _root(node.func)) is not None:
-                if root not in self.functions and root not in self.imports:
-                    found |= {root} | self.holds.get(root, frozenset())
-                elif isinstance(node.func, ast.Name) and root in self.functions and root not in self.classes:
-                    found |= self._all_held(node.args)
-            if isinstance(node, ast.Name):
-                found |= self.gradients.get(node.id, frozenset())
-        return frozenset(found)
-
-    def _callee(self, call: ast.Call) -> str:
-        """Return the dotted name of an imported function or class that is called; or an empty string."""
-        name = dotted(call.func)
-        first, dot, rest = name.partition(".")
-        if first in self.imports:
-            return f"{self.imports[first]}{dot}{rest}"
-        return ""
+    # Calls.
 
     def _calls(self, node: ast.AST, done: _Done, unused: ast.expr | None = None) -> None:
         """Follow the calls in a statement or an expression."""
-        if isinstance(unused, ast.Await):
-            unused = unused.value
-        for part in immediate(node):
+        parts = immediate(node)
+        nobodys = set(_unused(unused))
+        comprehended = [part for part in parts if isinstance(part, ast.comprehension)]
+        before = self.copy() if comprehended else None
+        for _ in range(len(comprehended)):
+            for clause in comprehended:
+                self._iterate(clause.iter, done)
+                self._assign(clause.target, self._element(clause.iter), _Done())
+        for part in parts:
             match part:
                 case ast.Call():
-                    self._call(part, done, unused=part is unused)
+                    self._call(part, done, unused=part in nobodys)
                 case ast.NamedExpr():
                     self._assign(part.target, part.value, done)
-                case ast.comprehension() if _root(part.iter) in self.loaders:
-                    done.draws.add(_idioms.GENERATORS[0])
+                case ast.Subscript(ctx=ast.Load()):
+                    self._special(part.value, ("__getitem__",), done)
+        if before is not None:
+            # The variables of a comprehension are its own.
+            self._restore({name for part in comprehended for name in stored(part.target)}, before)
+
+    def _restore(self, names: Iterable[str], before: Flow) -> None:
+        self.forget(names)
+        for name in names:
+            for table in ("imports", "functions", "classes", "holds", "gradients", "late"):
+                if name in getattr(before, table):
+                    getattr(self, table)[name] = getattr(before, table)[name]
+            for claim in ("constants", "shown", "records"):
+                if name in getattr(before, claim):
+                    getattr(self, claim).add(name)
+            self.made |= {key: kinds for key, kinds in before.made.items() if key.partition(".")[0] == name}
 
     def _call(self, call: ast.Call, done: _Done, *, unused: bool) -> None:
-        arguments = [*call.args, *(keyword.value for keyword in call.keywords)]
+        arguments = arguments_of(call)
         for keyword in call.keywords:
-            if _root(keyword.value) in self.generators:
+            if self._is_generator(keyword.value):
                 self._changed(keyword.value, done)
-        name = dotted(call.func)
-        callee = self._callee(call)
-        if callee or _root(call.func) in self.imports:
-            self._call_of_library(call, callee or f"{self.imports[_root(call.func) or '']}.?", arguments, done, unused)
-        elif name in self.functions:
-            self._call_of_function(self.functions[name], call, done)
-        elif isinstance(call.func, ast.Attribute):
-            self._call_of_method(call.func, arguments, done, unused)
-        elif name in ("setattr", "delattr", "next") and call.args:
+        name, callee, func = dotted(call.func), self.callee(call), call.func
+        if name in self.classes:
+            self._construct(name, call, done)
+        elif functions := () if isinstance(func, ast.Attribute) else self._functions_of(func):
+            for function in functions:
+                summary = self._call_of_function(function, call, done)
+                if function.closed and summary.changed | summary.called | summary.outside:
+                    self._call_of_unknown(func, arguments, done)
+            return
+        elif callee:
+            self._call_of_library(call, callee, arguments, done, unused)
+        elif isinstance(func, ast.Attribute):
+            self._call_of_method(call, func, arguments, done, unused)
+        elif name in _BUILTIN and name not in self.holds:
+            self._call_of_python(name, call, arguments, done, unused)
+        elif name and name not in self.holds and name not in self.local and name not in self.made:
+            # Nobody knows where it comes from: a class by its name, or else a function that may do anything.
+            if not _idioms.CLASS.match(name):
+                self._all_changed(arguments, done)
+        else:
+            self._call_of_object(func, call, arguments, done)
+        self._call_back(call, arguments, done)
+
+    def _call_of_python(
+        self, name: str, call: ast.Call, arguments: Sequence[ast.expr], done: _Done, unused: bool
+    ) -> None:
+        """Follow a call of a function of Python's own."""
+        if name in ("setattr", "delattr", "next") and call.args:
             self._changed(call.args[0], done)
+            if len(call.args) == 3 and (root := root_of(call.args[0])):
+                self.holds[root] = self.holds.get(root, frozenset()) | self.held(call.args[2]) - {root}
         elif name == "exec":
             done.changes |= {_idioms.SETTINGS} if unused else set()
-        elif unused and name in self.holds:
-            self._changed(call.func, done)
+        if name not in _idioms.LOOK:
+            for argument in arguments:
+                self._iterate(argument, done)
+
+    def _construct(self, name: str, call: ast.Call, done: _Done) -> None:
+        """Follow the making of an object of a class of the notebook."""
+        for method in ("__new__", "__init__", "__post_init__", "reset_parameters"):
+            for function in self._methods(name, method):
+                self._call_of_function(function, call, done, first=call, fresh=True)
+        for base in self._bases(name):
+            done.draws |= _idioms.drawn_by(base, base.rpartition(".")[2])
+
+    def _call_of_object(self, func: ast.expr, call: ast.Call, arguments: Sequence[ast.expr], done: _Done) -> None:
+        """Follow a call of an object: of a model, as a rule."""
+        kinds = self.kinds(func)
+        for kind in kinds or UNKNOWN:
+            if kind.startswith("<"):
+                methods = self._methods(kind.strip("<>"), "__call__") or self._methods(kind.strip("<>"), "forward")
+                for function in methods:
+                    self._call_of_function(function, call, done, first=func)
+                bases = self._bases(kind[1:-1])
+                if methods or (bases and all(map(_idioms.leaves_all, bases))):
+                    continue
+            elif _idioms.leaves_all(kind):
+                if _idioms.CALL_DRAWS.search(kind):
+                    done.draws.add(_idioms.GENERATORS[0])
+                continue
+            self._call_of_unknown(func, arguments, done)
+            if _idioms.CALL_DRAWS.search(kind):
+                done.draws.add(_idioms.GENERATORS[0])
+
+    def _call_of_unknown(self, func: ast.expr, arguments: Sequence[ast.expr], done: _Done) -> None:
+        """Follow a call of what may do anything to itself, to what it holds, and to its arguments."""
+        self._changed(func, done)
+        self._all_changed(arguments, done)
+        done.called |= self.roots(func)
+        self._call_what_is_held(func, done)
+
+    def _call_what_is_held(self, node: ast.expr, done: _Done) -> None:
+        """Follow calls of the functions that an object holds, with arguments that nobody knows."""
+        for root in self.roots(node):
+            for part in self.parts(root):
+                for function in self.functions.get(part, ()):
+                    self._call_of_function(function, None, done)
+
+    def _call_back(self, call: ast.Call, arguments: Sequence[ast.expr], done: _Done) -> None:
+        """Follow the calls of functions that are arguments, which may be given the others."""
+        for one in arguments:
+            others = [other for other in arguments if other is not one]
+            for function in self._functions_of(one):
+                summary = self._call_of_function(function, None, done)
+                if summary.changed or summary.called:
+                    self._all_changed([one, *others] if function.closed else others, done)
+                    if isinstance(call.func, ast.Attribute) and root_of(call.func) not in self.imports:
+                        self._changed(call.func.value, done)
+            if isinstance(one, ast.Attribute) and self._may_change(one):
+                self._all_changed([one.value, *others], done)
+        match arguments:
+            case [ast.Name(name) as one, *others] if dotted(call.func) in ("map", "filter"):
+                if not any(name in table for table in (self.functions, self.imports, self.classes, _BUILTIN)):
+                    self._call_of_object(one, ast.Call(one, others, []), others, done)
+
+    def _may_change(self, method: ast.Attribute) -> bool:
+        """Tell whether a method of an object of which nobody knows what it is changes it, by its name."""
+        known = self.kinds(method.value) != UNKNOWN or root_of(method) in self.imports
+        return not known and _idioms.CHANGING_METHODS.match(method.attr) is not None
 
     def _call_of_library(
         self, call: ast.Call, callee: str, arguments: Sequence[ast.expr], done: _Done, unused: bool
     ) -> None:
-        top, last = callee.partition(".")[0], _last(call.func)
-        own = bool(_idioms.OWN_RANDOMNESS & {keyword.arg for keyword in call.keywords})
-        if _idioms.SEEDING.match(last) and not callee.endswith(".?"):
+        top, last = callee.partition(".")[0], callee.rpartition(".")[2]
+        if _idioms.SEEDING.match(last):
             done.seeds |= _idioms.generators_of(callee)
             self.seeded |= _idioms.generators_of(callee)
             return
-        if not own:
+        if not self._has_own_randomness(call):
             done.draws |= _idioms.drawn_by(callee, last)
         if callee.startswith("os.environ.") and last == "get":
             return
         if _idioms.SETTING.match(last) and unused:
             self._set(call.func, done)
+        if not _idioms.CLASS.match(last):
+            # A progress bar, itertools: they go through what they are given.
+            for argument in arguments:
+                self._iterate(argument, done)
+        elif top in _idioms.SHOW:
+            for argument in arguments:
+                self._iterate(argument, done)
         if top in _idioms.SHOW or last in ("save", "dump", "savetxt", "savez"):
             return
         changing = _idioms.CHANGING.match(last) or (
-            unused and top not in _idioms.COMPUTE and not _idioms.CLASS.match(last)
+            top not in _idioms.COMPUTE and not _idioms.CLASS.match(last) and (unused or top not in _idioms.MAKE)
         )
         if changing and not (last in ("next",) and not arguments):
-            for argument in arguments:
-                self._changed(argument, done)
+            self._all_changed(arguments, done)
 
-    def _call_of_function(self, function: _Function, call: ast.Call, done: _Done) -> None:
-        for name, value in self._bound(function, call):
-            if name in function.changed:
-                self._changed(value, done)
-            if name in function.iterated and _root(value) in self.loaders:
-                done.draws.add(_idioms.GENERATORS[0])
-        for name in function.outside:
-            if name in _idioms.GENERATORS:
-                done.draws.add(name)
-            elif name == _idioms.SETTINGS:
-                done.changes.add(name)
-            else:
-                # It may be bound anew there, and then be no constant.
-                self.constants.discard(name)
-                done.changes |= self._related(name)
-        done.seeds |= function.seeds
-        self.seeded |= function.seeds
+    def _call_of_function(
+        self,
+        function: Function,
+        call: ast.Call | None,
+        done: _Done,
+        first: ast.expr | None = None,
+        *,
+        fresh: bool = False,
+    ) -> _Summary:
+        """Follow a call of a function of the notebook.
 
-    @staticmethod
-    def _bound(function: _Function, call: ast.Call) -> Iterator[tuple[str, ast.expr]]:
-        """Yield (parameter, argument) for a call."""
-        yield from zip(function.parameters, call.args, strict=False)
-        yield from ((keyword.arg or "", keyword.value) for keyword in call.keywords)
+        Args:
+            function: The function.
+            call: Its call; None if nobody knows what it is given.
+            done: What has been done so far.
+            first: What its first parameter is, if it is a method.
+            fresh: Whether that is an object in the making.
+        """
+        static = any(dotted(decorator) == "staticmethod" for decorator in getattr(function.node, "decorator_list", ()))
+        bound = function.bound(call, None if static else first) if call is not None else []
+        summary = self._summary(function, bound)
+        given = {name for name, _ in bound}
+        if call is not None and not function.closed:
+            bound += [(name, value) for name, value in function.defaults().items() if name not in given]
+            for name, value in bound:
+                if fresh and value is first:
+                    continue
+                if name in summary.changed:
+                    self._changed(value, done)
+                if name in summary.called:
+                    self._call_what_is_held(value, done)
+                    done.called |= self.roots(value)
+        for name in summary.outside:
+            # It may be bound anew there, and then be no constant.
+            inside = self._as_seen_here(name, function)
+            self.constants.discard(inside)
+            done.changes |= self.related(inside)
+        if summary.settings:
+            done.changes.add(_idioms.SETTINGS)
+        done.draws |= summary.draws
+        done.seeds |= summary.seeds
+        self.seeded |= summary.seeds
+        return summary
 
-    def _call_of_method(self, func: ast.Attribute, arguments: Sequence[ast.expr], done: _Done, unused: bool) -> None:
-        root, method = _root(func.value), func.attr
-        if _idioms.METHOD_DRAWS.match(method):
-            done.draws.add(_idioms.GENERATORS[0])
-        if method == "sample" and unused is False:
-            done.draws.add(_idioms.GENERATORS[1])
+    def _call_of_method(
+        self, call: ast.Call, func: ast.Attribute, arguments: Sequence[ast.expr], done: _Done, unused: bool
+    ) -> None:
+        if isinstance(func.value, ast.Call) and dotted(func.value.func) == "super" and self.inside is not None:
+            self._call_of_super(call, func.attr, done)
+            return
+        root, method = root_of(func.value), func.attr
+        kinds = self.kinds(func.value)
+        self._draws_of_method(method, kinds, call, done)
+        if methods := self._methods_of(func):
+            for function in methods:
+                self._call_of_function(function, call, done, first=func.value)
+            if all(kind.startswith("<") for kind in kinds):
+                return
+        if self._is_attribute(func):
+            self._call_of_object(func, call, arguments, done)
+            return
         if root is None or root in self.shown:
             return
+        if root in self.imports and not self._is_generator(func.value):
+            if _idioms.SETTING.match(method) and unused and not isinstance(func.value, ast.Call):
+                self._set(func, done)
+            if _idioms.CHANGING.match(method) or (unused and root_of(func) not in self.imports):
+                self._changed(func.value, done)
+                self._all_changed(arguments, done)
+            return
         if method == "backward":
-            done.changes |= {_gradient(name) for name in self.gradients.get(root, frozenset()) | {root}}
+            models = self.gradients_of(func.value) | (set() if isinstance(func.value, ast.Call) else {root})
+            done.changes |= {_gradient(name) for name in models}
         elif method == "zero_grad":
-            done.changes |= {_gradient(name) for name in self._related(root)}
-        elif root in self.generators:
+            done.changes |= {_gradient(name) for name in self.related(root)}
+        elif self._is_generator(func.value):
             self._changed(func.value, done)
-        elif method in _idioms.CONTAINERS and (unused or _idioms.CHANGING_METHODS.match(method)):
+            if _idioms.CHANGING.match(method):
+                self._all_changed(arguments, done)
+        elif method in _idioms.CONTAINERS and (
+            unused or method in _idioms.ALWAYS_CHANGING or _idioms.CHANGING_METHODS.match(method)
+        ):
             self._changed(func.value, done, deep=method in ("update", "add") and not unused)
-            added = self._all_held(arguments) - {root}
+            added = self.all_held(arguments) - {root}
             self.holds[root] = self.holds.get(root, frozenset()) | added
+            if root in self.made:
+                self.made[root] |= self._all_kinds(arguments)
         elif _idioms.CHANGING_METHODS.match(method) or (unused and method not in _idioms.SHOWING_METHODS):
             self._changed(func.value, done)
+            self._call_what_is_held(func.value, done)
             if method.startswith(("fit", "train", "tune", "finetune")):
-                for argument in arguments:
-                    self._changed(argument, done)
+                self._all_changed(arguments, done)
+        elif self._may_do_anything(kinds, method):
+            self._call_of_unknown(func.value, arguments, done)
         if method == "step":
-            done.reads |= {_gradient(name) for name in self._related(root)}
+            done.reads |= {_gradient(name) for name in self.related(root)}
+
+    def _call_of_super(self, call: ast.Call, method: str, done: _Done) -> None:
+        """Follow a call of a method of the bases of the class whose method is read."""
+        assert self.inside is not None
+        name, itself = self.inside
+        known = self.classes.get(name)
+        for base in known.bases if known is not None else []:
+            for function in self._methods(base, method) if base != name else []:
+                self._call_of_function(function, call, done, first=ast.Name(itself, ast.Load()))
+
+    def _may_do_anything(self, kinds: frozenset[str], method: str) -> bool:
+        """Tell whether a method whose value is used may change things: those of libraries that nobody here knows."""
+        if method in _idioms.SHOWING_METHODS or _idioms.PURE_METHODS.match(method):
+            return False
+        known = _idioms.COMPUTE | _idioms.MAKE | _idioms.SHOW
+        return any(kind[0] not in "<?" and kind.partition(".")[0] not in known for kind in kinds)
+
+    def _draws_of_method(self, method: str, kinds: frozenset[str], call: ast.Call, done: _Done) -> None:
+        """Note the generators that a method of a library draws from."""
+        if self._has_own_randomness(call) or any(map(_idioms.is_generator, kinds)):
+            return
+        torch, numpy, _ = _idioms.GENERATORS
+        if _idioms.METHOD_DRAWS.match(method):
+            done.draws.add(torch)
+        elif method == "sample":
+            tops = {kind.partition(".")[0] for kind in kinds}
+            done.draws |= {torch} if tops <= {"torch"} else {numpy} if tops <= {"pandas", "numpy"} else {torch, numpy}
+
+    def _has_own_randomness(self, call: ast.Call) -> bool:
+        """Tell whether a call says where its random numbers come from."""
+        return any(
+            keyword.arg in _idioms.OWN_RANDOMNESS and not self.kinds(keyword.value) & _idioms.DEFAULT_GENERATORS
+            for keyword in call.keywords
+        )
+
+    def _is_generator(self, node: ast.expr) -> bool:
+        return any(map(_idioms.is_generator, self.kinds(node)))
+
+    def _iterate(self, node: ast.expr, done: _Done) -> None:
+        """Follow what goes through an object."""
+        if any(map(_idioms.is_loader, self.kinds(node))):
+            done.draws.add(_idioms.GENERATORS[0])
+        self._special(node, ("__iter__", "__next__", "__getitem__"), done)
+        if isinstance(node, ast.Name):
+            for function in self.functions.get(node.id, ()):
+                if function.closed:
+                    self._call_of_unknown(node, (), done)
+                    self._call_of_function(function, None, done)
+        if not any(map(_idioms.is_loader, self.kinds(node))):
+            return
+        for root in self.roots(node):
+            for part in self.parts(root):
+                # A loader goes through its data set, and may have a generator of its own.
+                if any(map(_idioms.is_generator, self.made.get(part, ()))):
+                    done.changes |= self.related(part)
+                self._special(ast.Name(part, ast.Load()), ("__iter__", "__getitem__", "__call__"), done)
+
+    def _special(self, node: ast.expr, names: Sequence[str], done: _Done) -> None:
+        """Follow the methods that Python itself calls."""
+        for kind in self.kinds(node):
+            if kind.startswith("<"):
+                for name in names:
+                    for function in self._methods(kind[1:-1], name):
+                        self._call_of_function(function, ast.Call(node, [], []), done, first=node)
 
     def _changed(self, node: ast.expr, done: _Done, *, deep: bool = True) -> None:
         """Note that the object behind an expression is changed."""
-        root = _root(node)
-        if root is None or root in self.constants:
-            return
-        if root in self.imports:
+        if (root := root_of(node)) in self.imports and not any(isinstance(part, ast.Call) for part in ast.walk(node)):
             if not isinstance(node, ast.Name):
                 self._set(node, done)
             return
-        done.changes |= self._related(root) if deep else {root} | self._same(root)
+        if isinstance(node, ast.Subscript | ast.Attribute) and root in self.constants:
+            return
+        for name in self.roots(node) - self.constants:
+            done.changes |= self.related(name) if deep else {name} | self.same(name)
+
+    def _all_changed(self, arguments: Iterable[ast.expr], done: _Done) -> None:
+        """Note that the objects behind arguments are changed, functions and parts of configurations left out."""
+        for argument in arguments:
+            match argument:
+                case ast.Lambda():
+                    continue
+                case ast.Name(name) if name in self.classes or (name in self.functions and name not in self.holds):
+                    continue
+                case ast.Attribute() | ast.Subscript() if root_of(argument) in self.records:
+                    continue
+                case ast.Attribute(attr="shape" | "dtype" | "device" | "ndim"):
+                    continue
+                case ast.Name(name) if name in self.imports:
+                    continue
+            self._changed(argument, done)
 
     def _set(self, node: ast.expr, done: _Done) -> None:
         """Note that something is set in a module."""
-        root = _root(node)
+        root = root_of(node)
         if root is None:
             return
         done.changes.add(root)
         if self.imports.get(root, "").partition(".")[0] in _idioms.OF_THE_PROCESS:
             done.changes.add(_idioms.SETTINGS)
 
-    def _related(self, name: str) -> set[str]:
-        """Return the names whose objects may change with that of a name."""
-        parts = {name} | self.holds.get(name, frozenset())
-        return parts | {other for other, held in self.holds.items() if name in held}
+    # Functions and classes of the notebook.
 
-    def _same(self, name: str) -> set[str]:
-        """Return the names that may hold the object of a name."""
-        return {other for other, held in self.holds.items() if name in held} | (
-            self.holds.get(name, frozenset()) if len(self.holds.get(name, ())) == 1 else frozenset()
-        )
+    def _functions_of(self, value: ast.expr) -> tuple[Function, ...]:
+        """Return the functions of the notebook that an expression may stand for."""
+        match value:
+            case ast.Name():
+                return self.functions.get(value.id, ())
+            case ast.Lambda():
+                return (Function(value, nested=self.notebook is not None),)
+            case ast.IfExp():
+                return (*self._functions_of(value.body), *self._functions_of(value.orelse))
+            case ast.Attribute() if not self._is_attribute(value):
+                known = [k for k in self.kinds(value.value) if k.startswith("<")]
+                return tuple(replace(one, closed=True) for k in known for one in self._methods(k[1:-1], value.attr))
+            case ast.Call() if self.callee(value) == "functools.partial" and value.args:
+                return tuple(replace(one, closed=True) for one in self._functions_of(value.args[0]))
+            case ast.Call():
+                found: list[Function] = []
+                for function, first in self._called(value):
+                    summary = self._summary(function, function.bound(value, first))
+                    found += summary.functions
+                    found += [replace(function, closed=True)] if summary.generates else []
+                return tuple(found)
+        return ()
 
-    def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> _Function:
-        """Read the body of a function for what a call of it does."""
-        arguments = node.args
-        parameters = tuple(a.arg for a in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs))
-        more = tuple(a.arg for a in (arguments.vararg, arguments.kwarg) if a is not None)
-        flow = self.copy()
-        flow._forget((*parameters, *more))
-        flow.functions.setdefault(node.name, _Function(parameters))
+    def _called(self, call: ast.Call) -> list[tuple[Function, ast.expr | None]]:
+        """Return the functions of the notebook that a call may call, and for methods their object."""
+        if isinstance(call.func, ast.Attribute):
+            return [(function, call.func.value) for function in self._methods_of(call.func)]
+        if dotted(call.func) in self.classes:
+            return []
+        return [(function, None) for function in self._functions_of(call.func)]
+
+    def _methods_of(self, func: ast.Attribute) -> list[Function]:
+        """Return the methods of the notebook's classes that an attribute may be."""
+        found: list[Function] = []
+        kinds = self.kinds(func.value)
+        for kind in kinds:
+            if kind.startswith("<"):
+                found += self._methods(kind[1:-1], func.attr)
+        if kinds & UNKNOWN and root_of(func) not in self.imports and not self._is_attribute(func):
+            # Of whom nobody knows, any class may be.
+            found += [one.methods[func.attr] for one in self.classes.values() if func.attr in one.methods]
+        return list({one.node: one for one in found}.values())
+
+    def _methods(self, name: str, method: str) -> list[Function]:
+        """Return a method of a class of the notebook, of itself or of its bases."""
+        known = self.classes.get(name)
+        if known is None:
+            return []
+        if method in known.methods:
+            return [known.methods[method]]
+        return [one for base in known.bases if base != name for one in self._methods(base, method)]
+
+    def _bases(self, name: str) -> list[str]:
+        """Return the classes of libraries that a class is derived from."""
+        found = []
+        for base in self.classes[name].bases if name in self.classes else []:
+            first, dot, rest = base.partition(".")
+            if base in self.classes and base != name:
+                found += self._bases(base)
+            elif first in self.imports:
+                found.append(f"{self.imports[first]}{dot}{rest}")
+        return found
+
+    def _is_attribute(self, node: ast.Attribute) -> bool:
+        """Tell whether an attribute of an object of the notebook's classes has been assigned to, and is no method."""
+        if ast.unparse(node) in self.made:
+            return True
+        return any(node.attr in self._attributes(kind[1:-1]) for kind in self.kinds(node.value) if kind[0] == "<")
+
+    def kinds_of_attribute(self, node: ast.Attribute) -> frozenset[str]:
+        """Return what may have made an attribute of an object."""
+        found = self.made.get(ast.unparse(node), frozenset())
+        for kind in self.kinds(node.value):
+            if kind.startswith("<"):
+                found |= self._attributes(kind[1:-1]).get(node.attr, frozenset())
+        return found or UNKNOWN
+
+    def _attributes(self, name: str) -> dict[str, frozenset[str]]:
+        """Return what may have made the attributes of objects of a class."""
+        known = self.classes.get(name)
+        if known is None:
+            return {}
+        if known.node in self._known.attributes:
+            return self._known.attributes[known.node]
+        found: dict[str, frozenset[str]] = {}
+        self._known.attributes[known.node] = {}
+        before = self._known.summaries.copy()
+        for base in known.bases:
+            found |= self._attributes(base) if base != name else {}
+        itself = ast.Call(ast.Name(name, ast.Load()), [], [])
+        # What a method says of them may depend on what another one says.
+        for _ in range(2):
+            for function in known.methods.values():
+                bound = [(function.parameters[0], itself)] if function.parameters else []
+                for attribute, kinds in self._summary(function, bound).attributes:
+                    found[attribute] = found.get(attribute, frozenset()) | kinds
+            for part in known.node.body:
+                if isinstance(part, ast.Assign):
+                    for target in part.targets:
+                        if isinstance(target, ast.Name):
+                            found[target.id] = found.get(target.id, frozenset()) | self.kinds(part.value)
+            self._known.attributes[known.node] = found
+            # These have been read before all of it was known.
+            self._known.summaries.clear()
+            self._known.summaries.update(before)
+        return found
+
+    def kinds_returned(self, call: ast.Call) -> frozenset[str]:
+        """Return what may have made the result of a function of the notebook."""
+        called = self._called(call)
+        found = (self._summary(one, one.bound(call, first)).kinds for one, first in called)
+        return frozenset().union(*found) if called else UNKNOWN
+
+    def held_returned(self, call: ast.Call) -> frozenset[str] | None:
+        """Return the names that the result of a function of the notebook may consist of; None if it is none."""
+        called = self._called(call)
+        if not called:
+            return None
+        found: set[str] = set()
+        for function, first in called:
+            bound = [*function.bound(call, first)]
+            returns = self._summary(function, bound).returns
+            found |= self.all_held([value for name, value in bound if name in returns])
+            for name in returns - set(function.all_parameters):
+                inside = self._as_seen_here(name, function)
+                found |= {inside} | self.holds.get(inside, frozenset())
+            if function.closed:
+                found |= self.held(call.func) | self.all_held(arguments_of(call))
+        if isinstance(call.func, ast.Attribute) and self.kinds(call.func.value) & UNKNOWN:
+            found |= self.held(call.func.value) | self.all_held(arguments_of(call))
+        return frozenset(found)
+
+    def _as_seen_here(self, name: str, function: Function) -> str:
+        """Return what a name of the notebook is called here, where a variable of a function may hide it."""
+        hidden = self.notebook is not None and not function.nested and function.home is None and name in self.local
+        return HIDDEN + name if hidden else name
+
+    def _summary(self, function: Function, bound: Sequence[tuple[str, ast.expr]]) -> _Summary:
+        """Read a function for what a call of it does, given what is known now, here, and of its arguments."""
+        kinds: dict[str, frozenset[str]] = {}
+        functions: dict[str, tuple[Function, ...]] = {}
+        for name, value in bound:
+            kinds[name] = kinds.get(name, frozenset()) | self.kinds(value)
+            functions[name] = (*functions.get(name, ()), *self._functions_of(value))
+        given = {(name, kind) for name, ones in kinds.items() for kind in ones}
+        key = function.node, frozenset(given), frozenset((n, one.node) for n, ones in functions.items() for one in ones)
+        known = self._known
+        if key in known.summaries:
+            known.again |= {key} & set(known.open)
+            return known.summaries[key]
+        if len(known.open) >= _DEEP:
+            everything = frozenset(function.all_parameters)
+            return _Summary(changed=everything, called=everything, returns=everything, kinds=UNKNOWN)
+        # A function that calls itself is read until what is known of it does not change any more.
+        before, summary = known.summaries.copy(), _Summary()
+        known.open.append(key)
+        for _ in range(_ROUNDS):
+            known.summaries.clear()
+            known.summaries.update({**before, key: summary})
+            last, summary = summary, self._body(function, kinds, functions)
+            if summary == last or key not in known.again:
+                break
+        known.open.pop()
+        known.again.discard(key)
+        known.summaries[key] = summary
+        return summary
+
+    def _body(
+        self, function: Function, kinds: dict[str, frozenset[str]], functions: dict[str, tuple[Function, ...]]
+    ) -> _Summary:
+        """Read the body of a function once."""
+        node, notebook = function.node, self.notebook or self
+        body = [ast.Expr(node.body)] if isinstance(node, ast.Lambda) else node.body
+        shared = {n for one in ast.walk(node) if isinstance(one, ast.Global | ast.Nonlocal) for n in one.names}
+        parameters = frozenset(function.all_parameters)
+        local = (frozenset().union(*map(stored, body)) - shared) | parameters
+        base = function.home if isinstance(function.home, Flow) else self if function.nested else notebook
+        flow = base.copy()
+        flow.notebook, flow._known, flow.local = notebook, self._known, set(local)
+        flow.hide(local)
+        if function.owner:
+            flow.inside = function.owner, (function.parameters or ("",))[0]
+        defaults = function.defaults()
+        for name in parameters:
+            flow.made[name] = kinds.get(name) or (notebook.kinds(defaults[name]) if name in defaults else UNKNOWN)
+            if functions.get(name):
+                flow.functions[name] = functions[name]
         done = _Done()
-        for stmt in node.body:
-            flow._statement(stmt, done)
-        shared = {name for part in ast.walk(node) if isinstance(part, ast.Global) for name in part.names}
-        local = (frozenset().union(*(_stored(stmt) for stmt in node.body)) - shared) | set(parameters) | set(more)
-        returned = [n.value for n in ast.walk(node) if isinstance(n, ast.Return | ast.Yield) and n.value is not None]
-        outside = {name for name in done.changes if name not in local and not name.startswith("<gradient")}
-        return _Function(
-            parameters,
-            changed=frozenset(done.changes) & frozenset(parameters),
-            outside=frozenset(outside | shared | done.draws),
-            returns=flow._all_held(returned) & frozenset(parameters),
+        flow._block(body, done)
+        returned = [
+            n.value for n in ast.walk(node) if isinstance(n, ast.Return | ast.Yield | ast.YieldFrom) and n.value
+        ]
+        returned += [node.body] if isinstance(node, ast.Lambda) else []
+        generates = any(isinstance(n, ast.Yield | ast.YieldFrom) for n in ast.walk(node))
+        changes = {_without_gradient(name) for name in done.changes} - {_idioms.SETTINGS}
+        first = f"{function.parameters[0]}." if function.parameters else ""
+        return _Summary(
+            changed=frozenset(changes & parameters),
+            called=frozenset(done.called & parameters),
+            outside=_outside(changes, local) | frozenset(shared),
+            draws=frozenset(done.draws),
             seeds=frozenset(done.seeds),
-            iterated=frozenset(done.iterated & set(parameters)),
+            settings=_idioms.SETTINGS in done.changes,
+            returns=_outside(flow.all_held(returned), local - parameters) | (parameters if generates else frozenset()),
+            kinds=frozenset().union(*map(flow.kinds, returned)),
+            functions=tuple(
+                replace(one, closed=True, home=flow if one.nested else one.home)
+                for value in returned
+                for one in flow._functions_of(value)
+            ),
+            attributes=tuple(
+                (key.removeprefix(first), ones) for key, ones in flow.made.items() if first and key.startswith(first)
+            ),
+            generates=generates,
         )
-
-    def _class(self, node: ast.ClassDef) -> _Function:
-        """Read a class for what making an object of it does: its layers draw their first weights."""
-        done = _Done()
-        flow = self.copy()
-        for stmt in node.body:
-            if isinstance(stmt, ast.FunctionDef) and stmt.name in ("__init__", "__post_init__", "reset_parameters"):
-                flow.functions[stmt.name] = flow._function(stmt)
-                done.draws |= flow.functions[stmt.name].outside & frozenset(_idioms.GENERATORS)
-        for base in node.bases:
-            inherited = self.functions.get(dotted(base))
-            done.draws |= inherited.outside & frozenset(_idioms.GENERATORS) if inherited else frozenset()
-        return _Function(outside=frozenset(done.draws))
 
 
 @dataclass
@@ -575,39 +899,49 @@ class _Done:
     reads: set[str] = field(default_factory=set)
     draws: set[str] = field(default_factory=set)
     seeds: set[str] = field(default_factory=set)
-    iterated: set[str] = field(default_factory=set)
+    called: set[str] = field(default_factory=set)
+
+
+_BUILTIN = frozenset(dir(builtins)) | {"display"}
+
+# How many functions deep calls are followed, and how often a function is read that calls itself.
+_DEEP = 20
+_ROUNDS = 4
+
+
+def _outside(names: Iterable[str], local: Collection[str]) -> frozenset[str]:
+    """Return those of names that are not a function's own, as they are called outside of it."""
+    return frozenset(name.removeprefix(HIDDEN) for name in names if name not in local)
+
+
+def _without_gradient(name: str) -> str:
+    return name.removeprefix("<gradient of ").removesuffix(">") if name.startswith("<gradient of ") else name
+
+
+def _unused(node: ast.expr | None) -> Iterator[ast.expr]:
+    """Yield the parts of a statement that is an expression whose values nobody uses."""
+    match node:
+        case ast.Await():
+            yield from _unused(node.value)
+        case ast.ListComp() | ast.SetComp() | ast.GeneratorExp():
+            yield from _unused(node.elt)
+        case ast.Tuple() | ast.List():
+            for part in node.elts:
+                yield from _unused(part)
+        case ast.BoolOp():
+            yield from _unused(node.values[-1])
+        case ast.IfExp():
+            yield from _unused(node.body)
+            yield from _unused(node.orelse)
+        case ast.Call():
+            yield node
+            if dotted(node.func) in ("list", "tuple", "set", "any", "all", "sum", "deque"):
+                for part in node.args:
+                    yield from _unused(part)
 
 
 def _gradient(name: str) -> str:
     return f"<gradient of {name}>"
-
-
-def _root(node: ast.AST) -> str | None:
-    """Return the name at the left end of an expression such as ``a.b[0].c()``; None if there is none."""
-    while True:
-        match node:
-            case ast.Name():
-                return node.id
-            case ast.Attribute() | ast.Subscript() | ast.Starred() | ast.Await():
-                node = node.value
-            case ast.Call():
-                node = node.func
-            case _:
-                return None
-
-
-def _last(node: ast.expr) -> str:
-    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
-
-
-def _stored(node: ast.AST) -> frozenset[str]:
-    """Return the names that a statement assigns to, functions inside it left out."""
-    names = {n.id for n in immediate(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    names |= {n.name for n in immediate(node) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)}
-    for part in immediate(node):
-        if isinstance(part, ast.Import | ast.ImportFrom):
-            names |= {alias.asname or alias.name.partition(".")[0] for alias in part.names}
-    return frozenset(names)
 
 
 def _blocks(node: ast.stmt) -> Iterator[Sequence[ast.stmt]]:
@@ -630,11 +964,9 @@ def _reads(node: ast.stmt) -> tuple[frozenset[str], frozenset[str]]:
 
 
 def _collect(code: types.CodeType, now: set[str], late: set[str], *, in_function: bool, lambdas: bool) -> None:
-    from nbddp._names import _globals_of
-
     inner = [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
-    deep = {name for one in inner for _, name, stores, _ in _globals_of(one, 1) if not stores}
-    for depth, name, stores, _ in _globals_of(code):
+    deep = {name for one in inner for _, name, stores, _ in globals_of(one, 1) if not stores}
+    for depth, name, stores, _ in globals_of(code):
         if not stores and (depth == 0 or name not in deep):
             (late if in_function else now).add(name)
     for one in inner:

@@ -62,21 +62,87 @@ TORCH_DRAWS = re.compile(
 )
 LAYERS = re.compile(r"(Linear|Conv|Embedding|RNN|LSTM|GRU|Transformer|MultiheadAttention)")
 METHOD_DRAWS = re.compile(
-    r"(normal_|uniform_|random_|bernoulli_|exponential_|geometric_|cauchy_|log_normal_|multinomial)$"
+    r"(rsample|sample_n|normal_|uniform_|random_|bernoulli_|exponential_|geometric_|cauchy_|log_normal_|multinomial)$"
 )
 SKLEARN_DRAWS = re.compile(r"(train_test_split|shuffle|resample|make_\w+)$")
 MAKES_GENERATOR = re.compile(r"(default_rng|Generator|RandomState|Random|SeedSequence)$")
 OWN_RANDOMNESS = frozenset({"generator", "random_state", "rng", "seed"})
 CLASS = re.compile(r"_*[A-Z]\w*[a-z]\w*$|_*[A-Z]+$")
 
-# Functions of Python's own whose value holds their arguments.
-KEEP = _words("list tuple dict set iter zip map filter reversed enumerate")
+# Functions of Python's own whose value is made of their arguments, or is one of them.
+KEEP = _words("list tuple dict set iter next zip map filter reversed enumerate sorted max min getattr")
+# ... whose value holds nothing of them, and is neither a number nor a string.
+FRESH = _words(
+    "sum abs any all type isinstance issubclass repr print format divmod pow input ord chr bin hex hasattr callable"
+)
+# ... that do not go through them.
+LOOK = _words(
+    "len print isinstance issubclass type id hasattr getattr setattr delattr repr str bool callable vars dir super"
+)
+# Functions of libraries that compute whose value holds their arguments nevertheless.
+KEEP_OF_LIBRARIES = _words("from_numpy as_tensor asarray compile partial chain cycle islice copy")
+# Functions and classes of libraries whose value is what its parts are, for what a call of it does.
+CONTAINER_OF = re.compile(
+    r"(Sequential|Module(List|Dict)|(Distributed)?DataParallel|FullyShardedDataParallel|AveragedModel|compile|(deep)?copy"
+    r"|chain|cycle|islice|tqdm|trange|track|Subset|spectral_norm|weight_norm|prepare)$"
+)
+# Methods that return their own object.
+RETURN_THEMSELVES = _words("""
+    to cuda cpu train eval float double half bfloat16 requires_grad_ manual_seed share_memory apply compile
+""")
+# Methods whose value holds nothing of their object.
+FRESH_METHODS = _words("""
+    item tolist mean sum std var numel size dim count index clone format join split argmax
+""")
+# Methods of objects of any library that only look, or make something new.
+PURE_METHODS = re.compile(r"(get|is|has|to|as|num|predict|encode|decode|tokenize|transform|score)(_\w+)?$|__\w+__$")
+# Methods of containers that change them whatever becomes of their value: that is None, or what was in them.
+ALWAYS_CHANGING = _words("""
+    append extend insert remove clear discard appendleft extendleft pop popitem popleft rotate setdefault update write
+""")
 
-# Those, and others, whose value nothing can change.
+# Functions whose value nothing can change.
 CONSTANTS = frozenset(
     {"int", "float", "str", "bool", "len", "bytes", "range", "frozenset", "round", "hash", "id"}
     | {"torch.device", "pathlib.Path"}
 )
+
+# Libraries whose functions leave their arguments as they are if their value is used.
+MAKE = _words("""
+    einops torchmetrics datasets tokenizers transformers huggingface_hub safetensors timm evaluate tiktoken yaml
+    requests polars pyarrow h5py cv2 skimage imageio nltk spacy omegaconf psutil accelerate
+""")
+
+# A call of an object that one of these has made leaves it as it is, but for those that keep something of each call.
+_CALLED = re.compile(r"(torch\.(nn|distributions)|torchvision\.(transforms|ops)|torchaudio\.transforms|sklearn)\.")
+_TOKENIZERS = re.compile(
+    r"transformers\.(models\.)?\w*(Tokenizer|Processor|FeatureExtractor)(Fast)?(\.from_pretrained)?$"
+)
+_COUNTING = re.compile(r"Lazy|BatchNorm|InstanceNorm|spectral_norm|SpectralNorm|AveragedModel|Observer|Quant|Fake")
+# Its draws, while it trains.
+CALL_DRAWS = re.compile(
+    r"Dropout|RReLU|torch\.nn\.(Transformer|MultiheadAttention)|torchvision\.(models|transforms)|timm|transformers\.\w*Model"
+)
+
+# What torch's own generator is called.
+DEFAULT_GENERATORS = frozenset({"torch.manual_seed", "torch.seed", "torch.default_generator"})
+
+
+def leaves_all(kind: str) -> bool:
+    """Tell whether a call of an object leaves it, and its arguments, as they are, given what has made it."""
+    return bool((_CALLED.match(kind) and not _COUNTING.search(kind)) or _TOKENIZERS.match(kind))
+
+
+def is_loader(kind: str) -> bool:
+    """Tell whether going through what this has made draws random numbers."""
+    return kind.endswith(("DataLoader", "RandomSampler"))
+
+
+def is_generator(kind: str) -> bool:
+    """Tell whether this has made a generator of random numbers."""
+    if kind.endswith("Generator"):
+        return True
+    return MAKES_GENERATOR.search(kind) is not None and ("random" in kind or kind.startswith("torch."))
 
 
 def generators_of(callee: str) -> frozenset[str]:
@@ -93,7 +159,8 @@ def drawn_by(callee: str, last: str) -> frozenset[str]:
     top = callee.partition(".")[0]
     if top == "torch":
         layers = callee.startswith("torch.nn.") and (LAYERS.search(last) or ".init." in callee)
-        return frozenset({GENERATORS[0]}) if TORCH_DRAWS.match(last) or layers else frozenset()
+        drawing = callee.startswith("torch.distributions.") and last in ("sample", "rsample")
+        return frozenset({GENERATORS[0]}) if TORCH_DRAWS.match(last) or layers or drawing else frozenset()
     if top in ("torchvision", "timm", "transformers") and last != "from_pretrained":
         return frozenset({GENERATORS[0]}) if "transforms" not in callee and "datasets" not in callee else frozenset()
     if callee.startswith("numpy.random."):

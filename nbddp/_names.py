@@ -138,7 +138,7 @@ class Uses:
         """Record the global names of a piece of code; return those that it binds at its own top level."""
         code = compile(module, "<cell>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
         stored: set[str] = set()
-        for depth, name, stores, line in _globals_of(code):
+        for depth, name, stores, line in globals_of(code):
             if stores:
                 self.bound.add(name)
                 if depth == 0:
@@ -179,7 +179,7 @@ class Uses:
         self._block(body, bound)
 
 
-def _globals_of(code: types.CodeType, depth: int = 0) -> Iterator[tuple[int, str, bool, int]]:
+def globals_of(code: types.CodeType, depth: int = 0) -> Iterator[tuple[int, str, bool, int]]:
     """Yield (nesting depth, name, is it stored, line) for the global names of a code object, inner ones included."""
     # A class body reads its own names by the instruction that reads global ones; what it has stored is its own.
     own: set[str] = set()
@@ -195,7 +195,7 @@ def _globals_of(code: types.CodeType, depth: int = 0) -> Iterator[tuple[int, str
         elif instruction.opname in _LOADS and instruction.argval not in own:
             yield depth, instruction.argval, False, line
         elif isinstance(instruction.argval, types.CodeType):
-            yield from _globals_of(instruction.argval, depth + 1)
+            yield from globals_of(instruction.argval, depth + 1)
 
 
 def _is_get_ipython(node: ast.expr) -> bool:

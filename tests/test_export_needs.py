@@ -71,6 +71,9 @@ def kept(cell: str, *above: str) -> list[str]:
         ("f()", "n = []\ndef f(): n.append(1)\nf()", "n = []\ndef f(): n.append(1)\nf()"),
         ("it", "it = iter([1, 2])\nfirst = next(it)", "it = iter([1, 2])\nfirst = next(it)"),
         ("g", "import numpy as np\ng = np.random.default_rng(0)\na = g.normal()", "import numpy as np\ng = np.random.default_rng(0)\na = g.normal()"),
+        ("b", "import torch\ng = torch.Generator().manual_seed(0)\na = torch.randn(2, generator=g)\nb = torch.randn(2, generator=g)", "import torch\ng = torch.Generator().manual_seed(0)\na = torch.randn(2, generator=g)\nb = torch.randn(2, generator=g)"),
+        ("d", "import numpy as np\nrng = np.random.default_rng(0)\nd = [1, 2]\nrng.shuffle(d)", "import numpy as np\nrng = np.random.default_rng(0)\nd = [1, 2]\nrng.shuffle(d)"),
+        ("d", "import random\nd = [1, 2]\nrandom.Random(0).shuffle(d)", "import random\nd = [1, 2]\nrandom.Random(0).shuffle(d)"),
         # settings
         ("x", "import warnings\nwarnings.filterwarnings('ignore')\nx = 1", "import warnings\nwarnings.filterwarnings('ignore')\nx = 1"),
         ("x", "import os\nos.environ['A'] = '1'\nx = os.environ.get('B')", "import os\nos.environ['A'] = '1'\nx = os.environ.get('B')"),
@@ -159,6 +162,140 @@ def test_a_configuration_is_not_changed_by_who_reads_it(made: str) -> None:
 def test_steps_that_stand_alone() -> None:
     steps = "loss = criterion(model(data), data)\nloss.backward()\noptimizer.step()\noptimizer.zero_grad()"
     assert kept("model", TRAINING, steps)[-3:] == steps.split("\n")[:3]
+
+
+def last(cell: str) -> str:
+    """Return the last statement of a cell."""
+    return pieces(Cell(cell, 1), transform)[-1].text
+
+
+MODEL = """\
+import functools
+import torch
+from torch import nn
+model = nn.Linear(2, 2)
+opt = torch.optim.SGD(model.parameters(), lr=1)
+x = torch.ones(2)
+"""
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "def train(): return train_one(model, x, opt)\ndef train_one(model, x, opt):\n    loss = model(x).sum()\n    loss.backward()\n    opt.step()\n    return loss\nloss = train()",
+        "def train(model, x, opt): return train_one(model, x, opt)\ndef train_one(model, x, opt):\n    loss = model(x).sum()\n    loss.backward()\n    opt.step()\n    return loss\nloss = train(model, x, opt)",
+        "class Trainer:\n    def __init__(self, m, o):\n        self.m, self.o = m, o\n    def run(self, x):\n        loss = self.m(x).sum()\n        loss.backward()\n        self.o.step()\n        return loss.item()\ntrainer = Trainer(model, opt)\nlosses = [trainer.run(x) for _ in range(3)]",
+        "class Trainer:\n    def __init__(self, m, o):\n        self.m = m\n        self.o = o\n    def fit_one(self, x):\n        return self._go(x)\n    def _go(self, x):\n        self.m.weight.data.zero_()\n        return 1\ntrainer = Trainer(model, opt)\nloss = trainer.fit_one(x)",
+        "def make_step(model, opt):\n    def step(x):\n        loss = model(x).sum(); loss.backward(); opt.step()\n        return loss\n    return step\nstep = make_step(model, opt)\nloss = step(x)",
+        "def train(m, o, x):\n    m(x).sum().backward(); o.step()\n    return 1\ngo = functools.partial(train, model, opt)\nr = go(x)",
+        "go = lambda: model.weight.data.zero_()\nr = go()",
+        "list(map(lambda p: p.data.zero_(), model.parameters()))",
+        "_ = list(map(lambda p: p.data.zero_(), model.parameters()))",
+        "[p.data.zero_() for p in model.parameters()]",
+        "opt = torch.optim.SGD(filter(lambda p: p.requires_grad, model.parameters()), lr=1)\nmodel(x).sum().backward()\nopt.step()",
+        "for p in reversed(list(model.parameters())):\n    p.data.zero_()",
+        "for i, p in enumerate(model.parameters()):\n    p.data.zero_()",
+        "for n, p in sorted(model.named_parameters()):\n    p.data.zero_()",
+        "if x.sum() > 1:\n    m = model\nelse:\n    m = nn.Linear(1, 1)\nm.weight.data.zero_()",
+        "getattr(model, 'weight').data.zero_()",
+        "import helpers\nr = helpers.run(model)",
+        "import helpers\nt = helpers.Trainer(model)\nr = t.evaluate_and_go()",
+        "def f(model): opt.step()\nmodel(x).sum().backward()\nf(None)",
+        "def f():\n    with torch.no_grad():\n        model.weight.fill_(1)\nf()",
+        "class A:\n    def __init__(self, m): self.m = m\n    def go(self): self.m.weight.data.zero_()\nclass B(A):\n    def __init__(self, m): super().__init__(m)\n    def go2(self): return super().go()\nb = B(model)\nr = b.go2()",
+        "def g(m):\n    for i in range(3):\n        m.weight.data.zero_()\n        yield i\nit = g(model)\nr = next(it)",
+        "class S:\n    def __init__(self, m): self.m = m\n    def __call__(self): self.m.weight.data.zero_()\ns = S(model)\nr = s()",
+        "def z(m): m.weight.data.zero_()\nfs = {'a': z}\nr = fs['a'](model)",
+        "def bw(): model(x).sum().backward()\nbw()\nopt.step()",
+        "import threading\ndef z(): model.weight.data.zero_()\nt = threading.Thread(target=z)\nt.start()",
+        "def z(m, n):\n    if n == 0: return m.weight.data.zero_()\n    return z(m, n-1)\nr = z(model, 3)",
+        "def a(m, n): return b(m, n)\ndef b(m, n):\n    if n: return a(m, n-1)\n    m.weight.data.zero_()\nr = a(model, 3)",
+        "def z(m=model): m.weight.data.zero_()\nr = z()",
+        "def z(*ms):\n    for m in ms: m.weight.data.zero_()\nr = z(x, model)",
+        "def z(**k): k['m'].weight.data.zero_()\nr = z(m=model)",
+        "models = []\nmodels.append(model)\nfor m in models:\n    m.weight.data.zero_()",
+        "class U:\n    @staticmethod\n    def z(m): m.weight.data.zero_()\nr = U.z(model)",
+        "def init(m):\n    m.weight.data.zero_()\nm2 = model.apply(init)",
+        "def get(): return model\nget().weight.data.zero_()",
+        "class C:\n    def __enter__(self): model.weight.data.zero_()\n    def __exit__(self, *a): pass\nwith C():\n    pass",
+    ],
+)  # fmt: skip
+def test_what_changes_a_model_behind_a_call(cell: str) -> None:
+    assert last(cell) in kept("model", MODEL, cell)
+
+
+LAZY = """\
+import torch
+from torch import nn
+x = torch.ones(2)
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.LazyLinear(2)
+    def forward(self, x):
+        return self.layer(x)
+def build(): return Net()
+"""
+
+
+@pytest.mark.parametrize(
+    "made", ["nn.LazyLinear(3)", "nn.Sequential(nn.LazyLinear(3))", "Net()", "build()", "nn.BatchNorm1d(2)"]
+)
+def test_a_call_of_a_model_may_change_it(made: str) -> None:
+    assert kept("model", LAZY, f"model = {made}\n_ = model(x)")[-1] == "_ = model(x)"
+    assert kept("model", LAZY.replace("Lazy", ""), "model = Net()\n_ = model(x)")[-1] == "model = Net()"
+
+
+RANDOM = """\
+import torch
+from tqdm import tqdm
+data = torch.arange(3)
+torch.manual_seed(0)
+loader = torch.utils.data.DataLoader(data, shuffle=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [
+        "xb, = next(iter(loader))",
+        "for i, b in tqdm(enumerate(loader)):\n    pass",
+        "for b in tqdm(loader):\n    pass",
+        "w = torch.empty(3).normal_()",
+        "s = torch.distributions.Normal(0., 1.).sample()",
+        "d = torch.distributions.Normal(0., 1.)\ns = d.sample()",
+        "s = torch.nn.Dropout(0.5)(data)",
+        "go = lambda: torch.rand(1)\ns = go()",
+        "b = list(loader)",
+        "n = sum(1 for b in loader)",
+        "def f(l):\n    for b in l: pass\nf(loader)",
+        "def f(l):\n    for b in tqdm(l): pass\nr = f(loader)",
+        "it = iter(loader)\nb = next(it)",
+        "class D(torch.nn.Module):\n    def __init__(self):\n        super().__init__()\n        self.d = torch.nn.Dropout(0.5)\n    def forward(self, x): return self.d(x)\nnet = D()\ny = net(data)",
+        "def gen():\n    for b in loader: yield b\ng = gen()\nfor b in g:\n    pass",
+        "def draw(): return helper()\ndef helper(): return torch.rand(1)\nq = draw()",
+    ],
+)  # fmt: skip
+def test_what_draws_between_a_seed_and_what_is_needed(cell: str) -> None:
+    assert last(cell) in kept("z", RANDOM, cell, "z = torch.randn(3)")
+
+
+@pytest.mark.parametrize("drawn", ["torch.empty(3).normal_()", "torch.distributions.Normal(0.0, 1.0).sample()"])
+def test_what_a_chained_call_draws_from(drawn: str) -> None:
+    assert needed("w", f"import torch\nw = {drawn}").effects[1].unseeded == {"<random torch>"}
+
+
+def test_functions_that_call_each_other_are_read_once_for_each_kind_of_arguments() -> None:
+    functions = "".join(
+        f"def f{i}(m, x):\n" + "".join(f"    f{j}(m, x)\n" for j in range(max(0, i - 3), i)) + "    return m(x)\n"
+        for i in range(15)
+    )
+    methods = "".join(
+        f"    def m{i}(self, x):\n        self.a{i} = self.m{(i + 1) % 9}(x)\n        return self.m{i * 7 % 9}(self.a{i})\n"
+        for i in range(9)
+    )
+    use = "a = A()\na.m0(model)\nf14(model, x)"
+    assert kept("a", MODEL, f"{functions}class A:\n{methods}", use)[-1] == "a.m0(model)"
 
 
 @pytest.mark.parametrize(
