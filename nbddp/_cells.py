@@ -60,7 +60,7 @@ class Cell:
         source: Its text, the magic line of a ``%%ddp`` cell included.
         number: The number that the notebook shows in brackets; None if it shows none.
         tags: Its tags.
-        stopped: The line at which it has failed; None if it has not, or if that is not known.
+        stopped: The line at which it has failed, 0 if that is not known; None if it has not.
         options: The text behind ``%%ddp``, if something else than the cell's first line is known to say it.
     """
 
@@ -102,7 +102,7 @@ def pieces(cell: Cell, transform: Transform, position: int = 0) -> list[Piece]:
         found = [
             replace(piece, state=piece.state or failed) if piece.lines[1] >= cell.stopped else piece
             for piece in found
-            if piece.lines[0] <= cell.stopped
+            if piece.lines[0] <= cell.stopped or not cell.stopped
         ]
     return [replace(piece, place=f"cell {cell.label}", cell=position) for piece in found]
 
@@ -116,14 +116,30 @@ def python(source: str, transform: Transform) -> list[Piece]:
     magic = _MAGIC_LINE.match(source.lstrip("\n"))
     if magic is None:
         return _split(transform(source), transform)
-    line, body = magic[0].rstrip("\n"), source.lstrip("\n")[magic.end() :]
+    line, body = magic[0].rstrip("\n"), _below(source)[1]
     if magic[1] not in _CELL_MAGICS:
         return [Piece(nothing(), "", magic=line)]
-    above = source[: len(source) - len(source.lstrip("\n"))].count("\n") + 1
+    above, _ = _below(source)
     inside = [replace(p, lines=(p.lines[0] + above, p.lines[1] + above)) for p in python(body, transform)]
     if magic[1] == "capture" and (words := [word for word in magic[2].split() if not word.startswith("-")]):
         inside.append(Piece(nothing(), "", magic=line, state=f"bound by {line}", binds=frozenset(words[:1])))
     return inside
+
+
+def _below(source: str) -> tuple[int, str]:
+    """Return how many lines a cell magic's line and those above it are, and what stands below."""
+    text = source.lstrip("\n")
+    _, _, body = text.partition("\n")
+    return len(source) - len(text) + 1, body
+
+
+def shifts(source: str) -> list[int]:
+    """Return for each cell magic around a cell's statements by how many lines it shifts them, the outermost first."""
+    found = []
+    while (magic := _MAGIC_LINE.match(source.lstrip("\n"))) is not None and magic[1] in _CELL_MAGICS:
+        above, source = _below(source)
+        found.append(above)
+    return found
 
 
 def _split(text: str, transform: Transform) -> list[Piece]:

@@ -306,8 +306,14 @@ def _export(job: _Job, *, force: bool) -> Exported:
             script.saved = replace(saved, plain=plain)
         try:
             text = script.text()
+            compile(text, "train.py", "exec")
         except CannotExport as error:
             raise ExportError(f"{job.place}, {error}") from None
+        except SyntaxError as error:
+            raise ExportError(
+                f"{job.place} would become a script that is no Python ({error.msg}, line {error.lineno}); that is a "
+                "fault of nbddp's, please report it with the cell"
+            ) from None
         written.script(text)
     _note(job, script, saved, path)
     return Exported(

@@ -416,13 +416,24 @@ class DDPMagics(Magics):
 
     def note_failure(self, result: Any) -> None:
         """Remember where a cell has failed: what stands below that line has not run."""
-        error, number = result.error_in_exec, result.execution_count
-        if error is None or number is None:
+        error, number, above = result.error_in_exec, result.execution_count, 0
+        if error is None:
             return
-        tb = error.__traceback__
-        while tb is not None and tb.tb_frame.f_globals is not self.shell.user_ns:
-            tb = tb.tb_next
-        self._failed[number] = tb.tb_lineno if tb is not None else 1
+        history = self.shell.history_manager.input_hist_raw
+        if number is None or not getattr(result.info, "store_history", True):
+            # %%capture runs what is below it as a cell of its own, and keeps the error from the one around it.
+            number, inside = _cell_number(self.shell), (getattr(result.info, "raw_cell", None) or "").rstrip()
+            whole = history[number].rstrip()
+            if not inside or not whole.lstrip().startswith("%%") or not whole.endswith(inside):
+                return
+            above = whole.removesuffix(inside).count("\n")
+            magics = _cells.shifts(inside)
+        else:
+            magics = _cells.shifts(history[number] if number < len(history) else "")
+        # The frames of the cell, and of what each magic around its statements has made of them.
+        lines = [line for tb, line in traceback.walk_tb(error.__traceback__) if tb.f_globals is self.shell.user_ns]
+        known = len(lines) > len(magics)
+        self._failed[number] = lines[len(magics)] + sum(magics) + above if known else 0
 
     def _explain(self, names: Sequence[str]) -> list[str]:
         """Return lines on what the last cell, or these names, would send."""

@@ -89,7 +89,7 @@ class _Search:
         """Look at the statement before those that have been looked at."""
         piece, effects = read.piece, read.effects
         if piece.state:
-            for name in self.needed & (effects.binds | effects.may_bind):
+            for name in self.needed & _made_by(effects):
                 if name.isidentifier():
                     self.state[name] = State(name, piece.state, position)
                     self.needed.discard(name)
@@ -113,6 +113,11 @@ class _Search:
 
     def _is_new(self, node: ast.stmt) -> bool:
         return ast.dump(node) not in self.settings
+
+
+def _made_by(effects: Effects) -> frozenset[str]:
+    """Return the names whose values a statement leaves that no script can run again."""
+    return effects.binds | effects.may_bind | effects.changes
 
 
 def _cut(piece: Piece, node: ast.Import | ast.ImportFrom, needed: Collection[str]) -> Piece:
@@ -153,8 +158,7 @@ def find(
         if effects.reads & own and not piece.state:
             piece = replace(piece, state="made by nbddp itself")
         read.append(_Read(piece, effects, holding))
-        bound = effects.binds | effects.may_bind if piece.state else effects.binds
-        holding = holding | bound if piece.state else holding - bound
+        holding = holding | _made_by(effects) if piece.state else holding - effects.binds
     search = _Search({*names, *flow.behind(names), *SEEDS.values()} - set(given), alive)
     for position in range(len(read) - 1, -1, -1):
         search.step(position, read[position], frozenset(given))

@@ -184,6 +184,8 @@ class Script:
         top = [self._docstring(), settings, self._imports.text(without=first), _joined(code)]
         text = "\n\n".join(part for part in top if part)
         last = [part for part in (*main, *own, body, *end) if part]
+        if not any(line and not line.lstrip().startswith("#") for part in last for line in part.split("\n")):
+            last.append("pass")
         blank = "\n\n\n" if not code or code[-1].defines else "\n\n"
         return f'{text}{blank}if __name__ == "__main__":\n' + _indented("\n\n".join(last)) + "\n"
 
@@ -249,11 +251,14 @@ class Script:
 
     def _load_before(self) -> int:
         """Return the position of the statement before which the notebook's values are needed; -1 for the end."""
-        names = {one.name for one in self.saved.states}
-        if not names:
+        states = self.saved.states
+        if not states:
             return -2
-        reading = (i for i, _ in self._needed.pieces if self._needed.effects[i].reads & names)
-        return next(reading, -1)
+        # What stood above a value has read what was there before it.
+        for i, _ in self._needed.pieces:
+            if self._needed.effects[i].reads & {one.name for one in states if one.position < i}:
+                return i
+        return -1
 
     def _load(self) -> list[_Part]:
         """Return what loads the values that only the notebook had."""

@@ -224,6 +224,27 @@ def test_what_only_the_notebook_has_is_saved_beside_the_script(
     assert supply in exported.text
 
 
+MAGIC = """\
+{magic}
+before = 1
+
+model = 'new'
+def fail():
+    return 1 / 0
+fail()
+model = 'never'
+"""
+
+
+def test_a_cell_that_failed_below_a_magic(new_kernel: Callable[..., Kernel]) -> None:
+    kernel = new_kernel(env={"NBDDP_PLAIN": "1"})
+    for magic in ("# none", "%%time", "\n%%time", "%%capture", "%%capture\n%%time", "%%prun -q"):
+        kernel.ok("model = 'old'")
+        kernel.run(MAGIC.format(magic=magic))
+        kernel.ok("%%ddp --cpus 1 --dry-run\nprint(model)")
+        assert "\nmodel = 'new'\n" in kernel.ok("%ddp export -o -").text, magic
+
+
 def test_refusals_in_a_session(new_kernel: Callable[..., Kernel], tmp_path: Path) -> None:
     kernel = new_kernel(cwd=str(tmp_path))
     assert kernel.run("%ddp export").message == "%ddp export: no %%ddp cell has run yet in this session"
@@ -322,6 +343,7 @@ ITS_DEVICE = (
             ["%%ddp --cpus 2 --out n,m,h\nn = 0\nfor i in range(3): n += 1\nh, m = [], DDP(f())\nfrom torch.nn.parallel import DistributedDataParallel as DDP"],
             ['{"n": n, "m": m.module.state_dict(), "h": h}'],
         ),
+        (["%%ddp --cpus 2 --no-init\n%cd x\n!ls"], ["(in the notebook)\n\n    pass\n"]),
         (["%%ddp --cpus 2\n%%time\nx = 1\n%time print(x)"], ["    x = 1\n    print(x)\n"]),
     ],
 )  # fmt: skip

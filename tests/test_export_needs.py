@@ -313,6 +313,19 @@ def test_state(cell: str, above: str, state: str) -> None:
     assert not found.pieces
 
 
+def test_what_a_statement_changes_that_cannot_run_again() -> None:
+    found = needed("cfg, model", "model = M()\ncfg = {}", 'cfg["lr"] = float(input())')
+    assert [(one.name, one.why) for one in found.state] == [("cfg", "typed by a person, at input()")]
+    assert [piece.text for _, piece in found.pieces] == ["model = M()"]
+    interrupted = Cell(f"{LOOP}print(1)", 2, stopped=6)
+    statements = [*pieces(Cell(TRAINING, 1), transform), *pieces(interrupted, transform, 1)]
+    found = find(statements, {"model", "optimizer", "lr"}, transform)
+    assert {one.name: one.why for one in found.state} == dict.fromkeys(
+        ("model", "optimizer"), "cell [2] failed while it was made"
+    )
+    assert "lr, epochs = 0.1, 2" in [piece.text for _, piece in found.pieces]
+
+
 def test_what_nobody_binds() -> None:
     assert needed("x + y + len(z) + rank", "z = w").unknown == {"x", "y", "w"}
     assert needed("x", "from m import *").stars
