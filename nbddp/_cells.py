@@ -61,7 +61,8 @@ class Cell:
         number: The number that the notebook shows in brackets; None if it shows none.
         tags: Its tags.
         stopped: The line at which it has failed, 0 if that is not known; None if it has not.
-        options: The text behind ``%%ddp``, if something else than the cell's first line is known to say it.
+        options: The text behind ``%%ddp``, if something else than the cell's first line is known to say it: with
+            ``--auto`` the cell has no such line.
     """
 
     source: str
@@ -77,7 +78,9 @@ class Cell:
 
     @property
     def ddp(self) -> tuple[str, str] | None:
-        """The text behind ``%%ddp``, and the cell below it; None for other cells."""
+        """The text behind ``%%ddp``, and the cell below it; None for cells that ran in the notebook."""
+        if self.options is not None and "--auto" in self.options.split():
+            return self.options, self.source
         found = _MAGIC_LINE.match(self.source.lstrip("\n"))
         if found is None or found[1] != "ddp":
             return None

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nbddp import _cells, _needed, _standalone
+from nbddp import _cells, _chains, _needed, _standalone
 from nbddp._cells import Cell, Piece, Transform
 from nbddp._errors import ExportError
 from nbddp._names import GIVEN_NAMES, Uses
@@ -122,7 +122,7 @@ def from_file(path: str, cell: str | None = None, output: str | None = None, *, 
     """
     from IPython.core.inputtransformer2 import TransformerManager
 
-    cells = _read(path)
+    cells = _chains.sent(_read(path))
     if output is None:
         output = f"{os.path.splitext(path)[0]}.py"
     chosen = _chosen(cells, cell, path)
@@ -167,9 +167,12 @@ def from_session(
         chosen = _numbered(cells, int(cell), f"%ddp export --cell {cell}", "this session")
     # A cell that was run again starts again: what its own earlier runs have brought back is not where it began.
     source = cells[chosen].source
-    kept = [one for i, one in enumerate(cells) if i == chosen or one.ddp is None or one.source != source]
+    options = _chains.options_of(cells[chosen])
+    # Kept ranks go on where the runs before have left them.
+    again = [] if options is not None and options.keep else [one for one in cells[:chosen] if one.source == source]
+    kept = [one for i, one in enumerate(cells) if i == chosen or one.ddp is None or one not in again]
     job = _Job(kept, kept.index(cells[chosen]), "a notebook", os.getcwd(), output or "train.py", transform, session)
-    if any(one.source == source for one in cells[:chosen]):
+    if again:
         job.notes.append(f"{job.place} ran before; the script begins as it did at first")
     return _export(job, force=force)
 
@@ -273,10 +276,12 @@ def _export(job: _Job, *, force: bool) -> Exported:
         _check_target(path, force=force)
     found = job.cells[job.chosen].ddp
     assert found is not None
-    line, source = found
+    line, _ = found
     above = _above(job)
     options = _options(job, line, above)
-    body = _body(job, source)
+    body = _body(job)
+    if options.keep:
+        options, above, body = _with_kept(job, options, above, body)
     tree = [piece.node for piece in body if piece.text]
     uses = Uses(tree, job.transform)
     _check_wanted(job, options, uses)
@@ -308,7 +313,7 @@ def _export(job: _Job, *, force: bool) -> Exported:
             text = script.text()
             compile(text, "train.py", "exec")
         except CannotExport as error:
-            raise ExportError(f"{job.place}, {error}") from None
+            raise ExportError(str(error)) from None
         except SyntaxError as error:
             raise ExportError(
                 f"{job.place} would become a script that is no Python ({error.msg}, line {error.lineno}); that is a "
@@ -331,19 +336,25 @@ def _above(job: _Job) -> list[Piece]:
     found: list[Piece] = []
     for position, cell in enumerate(job.cells[: job.chosen]):
         if cell.ddp is not None:
-            try:
-                options = parse(cell.ddp[0])
-            except (OptionError, HelpAsked):  # it has brought nothing back
+            options = _chains.options_of(cell)
+            if options is None:  # it has brought nothing back
                 continue
             names = frozenset((*options.out, *options.gather))
             why = f"brought back by the %%ddp cell {cell.label}"
             found.append(Piece(_cells.nothing(), "", cell=position, state=why, binds=names))
             continue
         try:
-            found += _cells.pieces(cell, job.transform, position)
+            found += [_pulled(piece) for piece in _cells.pieces(cell, job.transform, position)]
         except SyntaxError as error:  # it has never run
             job.notes.append(f"cell {cell.label} was left out: {error.msg}, line {error.lineno}")
     return found
+
+
+def _pulled(piece: Piece) -> Piece:
+    """Return a statement; of ``%ddp pull``, with the names that it binds."""
+    if piece.magic.split()[:2] != ["%ddp", "pull"]:
+        return piece
+    return replace(piece, state=f"brought back by {piece.magic}", binds=_chains.pulled(piece.magic))
 
 
 def _options(job: _Job, line: str, above: Sequence[Piece]) -> Options:
@@ -367,9 +378,28 @@ def _constant(name: str, above: Sequence[Piece]) -> str | None:
     return None
 
 
-def _body(job: _Job, source: str) -> list[Piece]:
+def _with_kept(
+    job: _Job, options: Options, above: Sequence[Piece], body: list[Piece]
+) -> tuple[Options, list[Piece], list[Piece]]:
+    """Return the options of a cell that went on in kept ranks, the statements above, and all that ran there."""
+    chain = _chains.before(job.cells, job.chosen, above)
+    above = _chains.check(job.cells, job.chosen, chain, above, job.transform)
+    ones: list[list[Piece]] = []
+    for position in chain:
+        with contextlib.suppress(SyntaxError):  # it has never run
+            ones.append(_chains.body(job.cells[position], job.transform, later=bool(ones)))
+    if not ones:
+        return options, above, body
+    first = _options(job, (job.cells[chain[0]].ddp or ("",))[0], above)
+    labels = ", ".join(job.cells[position].label for position in chain)
+    job.notes.append(f"{job.place} went on in kept ranks; the script begins with the cells that they ran: {labels}")
+    last = [replace(piece, gap=f"\n{piece.gap}") if i == 0 else piece for i, piece in enumerate(body)]
+    return _chains.joined(options, first), above, [*(piece for one in ones for piece in one), *last]
+
+
+def _body(job: _Job) -> list[Piece]:
     try:
-        body = _cells.python(source, job.transform)
+        body = _chains.body(job.cells[job.chosen], job.transform)
         compile(ast.Module([piece.node for piece in body], []), "<cell>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     except SyntaxError as error:
         raise ExportError(f"{job.place} has a syntax error on line {(error.lineno or 0) + 1}: {error.msg}") from None

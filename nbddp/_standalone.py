@@ -456,13 +456,13 @@ class Script:
         for piece in self._body:
             if piece.magic and isinstance(piece.node, ast.Assign):
                 raise CannotExport(
-                    f"line {piece.lines[0] + 1}: {piece.magic} has no counterpart in a script; write it in Python, as "
-                    "with subprocess.run"
+                    f"{piece.place}, line {piece.lines[0] + 1}: {piece.magic} has no counterpart in a script; "
+                    "write it in Python, as with subprocess.run"
                 )
             if not piece.magic and piece.state == "made by a magic":
                 raise CannotExport(
-                    f"line {piece.lines[0] + 1} uses get_ipython(), or a magic inside a statement, which a script has "
-                    "not; leave it out, or write it in Python"
+                    f"{piece.place}, line {piece.lines[0] + 1} uses get_ipython(), or a magic inside a statement, "
+                    "which a script has not; leave it out, or write it in Python"
                 )
             simple = isinstance(piece.node, ast.Import | ast.ImportFrom) and first
             if simple and self._imports.take(piece.node, piece.text):

@@ -381,6 +381,60 @@ def test_spawned_workers_find_what_the_cell_defines(tmp_path: Path) -> None:
     assert "\n\n\nclass D(torch.utils.data.Dataset):\n    pass\n\n\nif __name__" in text
 
 
+KEPT = ("m = 2", "%%ddp --keep --cpus 2 --out m\nm = m * 3\nq = rank")
+AUTO = ("m = 2", "%ddp auto on --cpus 2", "m = m * 3", "m += 1", "%ddp auto off")
+
+
+@pytest.mark.parametrize(
+    ("cells", "cell", "above", "expected"),
+    [
+        ([*KEPT, "%%ddp --keep\nprint(m, q)"], "3", "m = 2", "m = m * 3\nq = rank\n\nprint(m, q)"),
+        ([*KEPT, "%ddp stop", "m = 5", "%%ddp --keep --cpus 2\nprint(m)"], "5", "m = 5", "print(m)"),
+        ([*AUTO, "z = 1", "%%ddp --keep\nprint(m, z)"], "7", "m = 2\nz = 1", "m = m * 3\n\nm += 1\n\nprint(m, z)"),
+        ([*AUTO, "%%ddp --cpus 2\nprint(m)"], "6", "m = 2", "print(m)"),
+    ],
+)
+def test_a_cell_on_kept_ranks_takes_those_before_it_along(
+    cells: list[str], cell: str, above: str, expected: str, tmp_path: Path
+) -> None:
+    text = from_file(str(notebook(tmp_path / "n.ipynb", *cells)), cell, "-").text
+    assert body(text) == expected
+    assert re.sub(r"\n+", "\n", text.partition('"""\n\n')[2].partition("\n\nif __name__")[0]).endswith(above)
+    assert "--nproc-per-node 2 " in text
+
+
+@pytest.mark.parametrize(
+    ("between", "message"),
+    [
+        (
+            "m = 5",
+            r"cell \[2\] has taken m there, which cell \[3\] changes in the notebook since; put what it needs into",
+        ),
+        ("k = m", r"cell \[2\] has taken m there, which cell \[3\] uses in the notebook since; "),
+        ("%ddp push m", "goes on in kept ranks that %ddp push m has given something; "),
+        ("%%ddp --keep --on 0\nm = 1", r"goes on in kept ranks, and cell \[3\] ran --on some of them; "),
+    ],
+)
+def test_what_kept_ranks_had_that_no_script_has(between: str, message: str, tmp_path: Path) -> None:
+    path = notebook(tmp_path / "n.ipynb", *KEPT, between, "%%ddp --keep\nprint(m)")
+    with pytest.raises(ExportError, match=message):
+        from_file(str(path), "4", "-")
+
+
+def test_a_chain_of_kept_cells_gives_the_same(new_kernel: Callable[..., Kernel], tmp_path: Path) -> None:
+    kernel = new_kernel(env={"NBDDP_PLAIN": "1", "OMP_NUM_THREADS": "1"}, cwd=str(tmp_path))
+    kernel.ok("m = 2")
+    kernel.ok("%%ddp --keep --cpus 2\nm = m * 3 + rank\nq = 0", timeout=120)
+    kernel.ok("%ddp auto on")
+    kernel.ok("q += m")
+    kernel.ok("%ddp auto off")
+    for _ in range(2):
+        reply = kernel.ok("%%ddp --keep\nq += 1\nprint(m, q)")
+    kernel.ok("%ddp export -o train.py")
+    assert set(printed(reply.text)) <= set(torchrun(tmp_path / "train.py").splitlines())
+    kernel.ok("%ddp stop")
+
+
 TWO = ("%%ddp --cpus 1\na = 1", "%%ddp --cpus 2\nb = 2")
 
 
