@@ -2,8 +2,8 @@
 
 ::
 
-    cells ──> statements ──> those that are needed ──> script
-    nbformat  _cells         _effects, _needed         _standalone, _imports
+    cells ──> statements ──> those that are needed ──> script                  ──> files
+    _notebook _cells         _effects, _needed         _standalone, _imports     _files
 
 What a file cannot tell, the values that names have, a live kernel saves beside the script (`_values`).
 """
@@ -14,15 +14,14 @@ import ast
 import contextlib
 import os
 import re
-import tempfile
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nbddp import _cells, _chains, _needed, _standalone
+from nbddp import _cells, _chains, _needed, _notebook, _standalone
 from nbddp._cells import Cell, Piece, Transform
 from nbddp._errors import ExportError
+from nbddp._files import Files, check_target
 from nbddp._names import GIVEN_NAMES, Uses
 from nbddp._needed import Needed, State
 from nbddp._option_line import HelpAsked, parse
@@ -122,10 +121,10 @@ def from_file(path: str, cell: str | None = None, output: str | None = None, *, 
     """
     from IPython.core.inputtransformer2 import TransformerManager
 
-    cells = _chains.sent(_read(path))
+    cells = _chains.sent(_notebook.read(path))
     if output is None:
         output = f"{os.path.splitext(path)[0]}.py"
-    chosen = _chosen(cells, cell, path)
+    chosen = _notebook.chosen(cells, cell, path)
     folder = os.path.dirname(os.path.abspath(path))
     job = _Job(cells, chosen, os.path.basename(path), folder, output, TransformerManager().transform_cell)
     return _export(job, force=force)
@@ -164,7 +163,7 @@ def from_session(
             f"for a tag, save the notebook and run nbddp export NOTEBOOK.ipynb --cell {cell}"
         )
     else:
-        chosen = _numbered(cells, int(cell), f"%ddp export --cell {cell}", "this session")
+        chosen = _notebook.numbered(cells, int(cell), f"%ddp export --cell {cell}", "this session")
     # A cell that was run again starts again: what its own earlier runs have brought back is not where it began.
     source = cells[chosen].source
     options = _chains.options_of(cells[chosen])
@@ -177,103 +176,11 @@ def from_session(
     return _export(job, force=force)
 
 
-def _read(path: str) -> list[Cell]:
-    """Return the code cells of a notebook's file.
-
-    Raises:
-        ExportError: It is no notebook that can be read.
-    """
-    import nbformat
-
-    try:
-        with open(path, encoding="utf-8") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of fields that newer versions want
-            text = file.read()
-            version = nbformat.reader.parse_json(text)["nbformat"]
-            notebook = nbformat.reads(text, as_version=4)
-    except FileNotFoundError:
-        raise ExportError(f"there is no notebook {path}") from None
-    except IsADirectoryError:
-        raise ExportError(f"{path} is a folder; give a notebook in it") from None
-    except OSError as error:
-        raise ExportError(f"{path} cannot be read: {error.strerror}") from None
-    except (KeyError, TypeError):
-        raise ExportError(f"{path} is no notebook: it does not say which nbformat it is in") from None
-    except Exception as error:  # of JSON, of nbformat, or of whatever is in the file
-        reason = str(error).strip().splitlines()
-        raise ExportError(f"{path} is no notebook: {reason[0][:200] if reason else type(error).__name__}") from None
-    if version < 4:
-        raise ExportError(
-            f"{path} is in nbformat {version}, which ended in 2015; jupyter nbconvert --to notebook --inplace {path} "
-            "brings it up to date"
-        )
-    metadata = notebook.metadata
-    language = metadata.get("language_info", {}).get("name") or metadata.get("kernelspec", {}).get("language")
-    if language not in (None, "python"):
-        raise ExportError(f"{path} is a notebook of {language}; nbddp exports Python")
-    code = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.source.strip()]
-    saved = [cell.get("execution_count") for cell in code]
-    # Without numbers, those that "run all" would give.
-    numbers = saved if any(number is not None for number in saved) else [*range(1, len(code) + 1)]
-    return [
-        Cell(cell.source, number, tuple(cell.metadata.get("tags", ())))
-        for cell, number in zip(code, numbers, strict=True)
-    ]
-
-
-def _chosen(cells: Sequence[Cell], asked: str | None, path: str) -> int:
-    """Return the position of the cell that is asked for.
-
-    Raises:
-        ExportError: There is none, or more than one.
-    """
-    found = [i for i, cell in enumerate(cells) if cell.ddp is not None]
-    if not found:
-        raise ExportError(f"{path} has no %%ddp cell; nbddp exports cells that begin with %%ddp")
-    if asked is None:
-        if len(found) == 1:
-            return found[0]
-        raise ExportError(
-            f"{path} has {len(found)} %%ddp cells; say which by --cell NUMBER or --cell TAG", details=_listed(cells)
-        )
-    if asked.isdigit():
-        return _numbered(cells, int(asked), f"--cell {asked}", path)
-    tagged = [i for i in found if asked in cells[i].tags]
-    if len(tagged) == 1:
-        return tagged[0]
-    if tagged:
-        raise ExportError(f"--cell {asked}: {len(tagged)} %%ddp cells have this tag", details=_listed(cells))
-    raise ExportError(f"--cell {asked}: no %%ddp cell of {path} has this tag", details=_listed(cells))
-
-
-def _numbered(cells: Sequence[Cell], number: int, asked: str, where: str) -> int:
-    there = [i for i, cell in enumerate(cells) if cell.number == number]
-    found = [i for i in there if cells[i].ddp is not None]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        problem = f"{len(found)} cells of {where} have this number; run it anew"
-    else:
-        problem = f"cell [{number}] of {where} {'is no %%ddp cell' if there else 'is not there'}; these are"
-    raise ExportError(f"{asked}: {problem}", details=_listed(cells))
-
-
-def _listed(cells: Sequence[Cell]) -> tuple[str, ...]:
-    """Return a line for each ``%%ddp`` cell."""
-    lines = []
-    for cell in cells:
-        if cell.ddp is not None:
-            first = next((line for line in cell.ddp[1].split("\n") if line.strip()), "")
-            tags = f"  (tagged {', '.join(cell.tags)})" if cell.tags else ""
-            lines.append(f"  {cell.label:>5}  {f'%%ddp {cell.ddp[0]}'.rstrip()}{tags}  {first.strip():.60}".rstrip())
-    return tuple(lines)
-
-
 def _export(job: _Job, *, force: bool) -> Exported:
     """Write the script, and what belongs beside it."""
     path = None if job.output == "-" else os.path.abspath(os.path.expanduser(job.output))
     if path is not None:
-        _check_target(path, force=force)
+        check_target(path, force=force)
     found = job.cells[job.chosen].ddp
     assert found is not None
     line, _ = found
@@ -304,7 +211,7 @@ def _export(job: _Job, *, force: bool) -> Exported:
         raise ExportError(
             f"{', '.join(values)} would have to be saved beside the script; give it a file, by -o train.py"
         )
-    written = _Files(path, force=force)
+    written = Files(path, force=force)
     with written:
         if values:
             plain = written.values(values)
@@ -512,75 +419,3 @@ def _note(job: _Job, script: Script, saved: Saved, path: str | None) -> None:
         job.notes.append(f"it imports {', '.join(modules)} from {job.folder}; copy that along")
     if "download=True" in script.source:
         job.notes.append("each rank downloads for itself what the notebook downloaded once; download it before the run")
-
-
-def _check_target(path: str, *, force: bool) -> None:
-    folder = os.path.dirname(path)
-    if os.path.isdir(path):
-        raise ExportError(f"-o {path}: that is a folder; give the name of a file in it")
-    if not os.path.isdir(folder):
-        raise ExportError(f"-o {path}: there is no folder {folder}; make it first")
-    if not path.endswith(".py"):
-        raise ExportError(f"-o {path}: the name of a script ends in .py")
-    if not force and os.path.lexists(path):
-        raise ExportError(f"{path} is there already; --force replaces it, -o gives the script another name")
-
-
-class _Files:
-    """The files of an export: all of them are written, or none.
-
-    Args:
-        path: The script's; None to write nothing.
-        force: Whether to replace what is there.
-    """
-
-    def __init__(self, path: str | None, *, force: bool) -> None:
-        self._path = path
-        self._force = force
-        self._made: list[tuple[str, str]] = []
-
-    @property
-    def values_path(self) -> str | None:
-        """The file of the notebook's values."""
-        return (
-            None
-            if self._path is None
-            else os.path.join(os.path.dirname(self._path), _standalone.beside(self._path, "state"))
-        )
-
-    def values(self, values: Mapping[str, Any]) -> bool:
-        """Write the notebook's values; return whether they load as plain data."""
-        from nbddp import _values
-
-        path = self.values_path
-        assert path is not None
-        if not self._force and os.path.lexists(path):
-            raise ExportError(f"{path} is there already; --force replaces it, -o gives the script another name")
-        return self._write(path, lambda file: _values.write(values, file))
-
-    def script(self, text: str) -> None:
-        """Write the script."""
-        if self._path is not None:
-            self._write(self._path, lambda file: file.write(text.encode()) > 0)
-
-    def _write(self, path: str, write: Callable[[Any], bool]) -> bool:
-        try:
-            descriptor, name = tempfile.mkstemp(dir=os.path.dirname(path), prefix=".nbddp-export-")
-            self._made.append((name, path))
-            with os.fdopen(descriptor, "wb") as file:
-                umask = os.umask(0o077)
-                os.umask(umask)
-                os.fchmod(file.fileno(), 0o666 & ~umask)
-                return write(file)
-        except OSError as error:
-            raise ExportError(f"{path} cannot be written: {error.strerror or error}") from None
-
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for name, path in self._made:
-            if kind is None:
-                os.replace(name, path)
-            else:
-                os.unlink(name)
