@@ -24,9 +24,10 @@ test: .venv/test .venv/libraries/made .venv/oldest/made check browser
 	# What IPython has a part in, once more on the oldest; its warnings are of its own time.
 	$(call two_at_a_time,.venv/oldest/bin/python -m pytest -p no:nbval -W default $(SHELL_TESTS),"not slow")
 
-# A thousand cells in one kernel, which takes some minutes; `make test` has two hundred.
-long: .venv/test
+# A thousand cells in one kernel, where `make test` has two hundred; and the scripts of all notebooks, run and compared.
+long: .venv/test .venv/libraries/made
 	NBDDP_CELLS=1000 .venv/bin/python -m pytest -k cell_after_cell tests/test_endurance.py tests/test_kept.py
+	NBDDP_LONG=1 .venv/libraries/bin/python -m pytest tests/test_export.py -k our_notebooks
 
 check: .venv/test
 	.venv/bin/ruff check .

@@ -348,7 +348,9 @@ def _collect(
         if any(module.partition(".")[0] == "nbddp" for name, module in needed.flow.imports.items() if name in names):
             raise ExportError(f"{job.place} uses nbddp itself, which its script is to do without")
         states = {one.name: one for one in needed.state}
-        states |= {name: State(name, _unknown(job, name)) for name in needed.unknown if _is_wanted(job, name, needed)}
+        states |= {
+            name: State(name, _unknown(job, name)) for name in needed.unknown if _is_wanted(job, name, needed, uses)
+        }
         values = {n: session.namespace[n] for n in states if session is not None and session.has(n)}
         if not values:
             break
@@ -367,8 +369,11 @@ def _collect(
     return needed, saved, values
 
 
-def _is_wanted(job: _Job, name: str, needed: Needed) -> bool:
+def _is_wanted(job: _Job, name: str, needed: Needed, uses: Uses) -> bool:
     """Tell whether a name that no cell above binds has to be supplied."""
+    # It binds it itself, in a loop or a branch: as far as a file tells, before it takes it.
+    if job.session is None and name in uses.bound:
+        return False
     if name == "display":  # has a counterpart
         return False
     if needed.stars and (job.session is None or not job.session.has(name)):

@@ -94,6 +94,21 @@ def same(one: Any, other: Any) -> bool:
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_every_cell_of_a_notebook_makes_a_script(path: Path) -> None:
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code" and cell.source.startswith("%%ddp") and "--keep" not in cell.source:
+            exported = from_file(str(path), str(cell.execution_count), "-")
+            compile(exported.text, "train.py", "exec")
+            # All else is in the file.
+            assert all("brought back" in exported.text.partition(f"#   {name}: ")[2][:12] for name in exported.missing)
+
+
+@pytest.mark.parametrize(
+    "path",
+    # The others, which train for longer, are run by `make long`.
+    [path for path in NOTEBOOKS if path.stem in ("01_quickstart", "06_trainer_object") or "NBDDP_LONG" in os.environ],
+    ids=lambda path: path.stem,
+)
 def test_every_cell_of_our_notebooks(path: Path, new_kernel: Callable[..., Kernel], tmp_path: Path) -> None:
     kernel = new_kernel(load=False, env={"NBDDP_PLAIN": "1", "OMP_NUM_THREADS": "1"}, cwd=str(path.parent))
     exported = 0
@@ -542,3 +557,8 @@ def test_a_notebook_is_run_as_before(tmp_path: Path) -> None:
     path = notebook(tmp_path / "n.ipynb", "print('it ran')")
     done = subprocess.run([sys.executable, "-m", "nbddp", str(path)], capture_output=True, text=True, check=True)
     assert "it ran\n" in done.stdout
+
+
+def test_what_a_cell_binds_in_a_loop_is_its_own(tmp_path: Path) -> None:
+    path = notebook(tmp_path / "n.ipynb", "%%ddp --cpus 2\nfor i in range(3):\n    last = i\nprint(last)")
+    assert from_file(str(path), "1", "-").missing == ()
