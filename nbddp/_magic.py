@@ -14,6 +14,7 @@ import os
 import shlex
 import sys
 import traceback
+from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -242,7 +243,7 @@ class DDPMagics(Magics):
             idle=self.idle,
             view=View(
                 options.ranks if options.on is None or options.ranks is not None else options.on,
-                plain=options.plain or self.plain or _settings.plain({**os.environ, **options.env}),
+                plain=options.plain or self.plain or _settings.plain(ChainMap(dict(options.env), os.environ)),
                 text_limit=self.output,
                 display_limit=self.displays,
             ),

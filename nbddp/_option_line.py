@@ -190,7 +190,8 @@ def parse(line: str, defaults: str = "", without: Collection[str] = ()) -> RunOp
     return options
 
 
-def _given(line: str) -> dict[str, Any]:
+@functools.lru_cache(maxsize=32)
+def _given(line: str) -> Mapping[str, Any]:
     """Return the options that stand on a line, by field."""
     try:
         words = shlex.split(line)

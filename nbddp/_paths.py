@@ -35,6 +35,9 @@ _REMOVE_TIMES, _REMOVE_SECONDS = 10, 0.02
 # What is left free in memory-backed storage: a container whose /dev/shm is full to the last page breaks DataLoader.
 _SHM_RESERVE = 64 << 20
 
+# What has so few bytes is not worth the milliseconds that it takes to learn how much memory there is.
+_LITTLE = 1 << 20
+
 
 class RunDir:
     """Every path of one run. Exists from the capture of the cell until all its processes are gone."""
@@ -110,8 +113,10 @@ class RunDir:
         """
         free = {}
         if self._shm is not None and os.path.isdir(_SHM):
-            # It may be larger than the memory that this process may have, and that would kill the kernel.
-            free[_SHM] = min(_free(_SHM), _process.available_memory())
+            free[_SHM] = _free(_SHM)
+            if size > _LITTLE:
+                # It may be larger than the memory that this process may have, and that would kill the kernel.
+                free[_SHM] = min(free[_SHM], _process.available_memory())
             if free[_SHM] >= size + _SHM_RESERVE and self._make_shm():
                 path = os.path.join(self._shm, name)
                 try:
