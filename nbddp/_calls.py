@@ -132,7 +132,12 @@ class Calls(Reading):
         self, name: str, call: ast.Call, arguments: Sequence[ast.expr], done: Done, unused: bool
     ) -> None:
         """Follow a call of a function of Python's own."""
-        if name in ("setattr", "delattr", "next") and call.args:
+        if name == "next" and call.args:
+            # It is the iterator that goes on; what it goes through stays as it is.
+            root = root_of(call.args[0]) if not isinstance(call.args[0], ast.Call) else None
+            if root is not None and root not in self.constants:
+                done.changes |= {root} | {other for other, held in self.holds.items() if root in held}
+        elif name in ("setattr", "delattr") and call.args:
             self._changed(call.args[0], done)
             if len(call.args) == 3 and (root := root_of(call.args[0])):
                 self.holds[root] = self.holds.get(root, frozenset()) | self.held(call.args[2]) - {root}
@@ -155,7 +160,7 @@ class Calls(Reading):
         kinds = self.kinds(func)
         for kind in kinds or UNKNOWN:
             if kind.startswith("<"):
-                methods = self._methods(kind.strip("<>"), "__call__") or self._methods(kind.strip("<>"), "forward")
+                methods = self._call_methods(kind[1:-1])
                 for function in methods:
                     self._call_of_function(function, call, done, first=func)
                 bases = self._bases(kind[1:-1])

@@ -133,6 +133,11 @@ def leaves_all(kind: str) -> bool:
     return bool((_CALLED.match(kind) and not _COUNTING.search(kind)) or _TOKENIZERS.match(kind))
 
 
+def makes_new(kind: str) -> bool:
+    """Tell whether a call of an object returns something new, given what has made it."""
+    return bool(_CALLED.match(kind) or _TOKENIZERS.match(kind))
+
+
 def is_loader(kind: str) -> bool:
     """Tell whether going through what this has made draws random numbers."""
     return kind.endswith(("DataLoader", "RandomSampler"))

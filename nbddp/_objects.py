@@ -244,8 +244,7 @@ class Objects:
             case ast.Attribute():
                 return self.kinds_of_attribute(value)
             case ast.Subscript():
-                # What a loader yields is none.
-                return frozenset("?" if _idioms.is_loader(kind) else kind for kind in self.kinds(value.value))
+                return self._kinds_of_element(value.value)
             case ast.Starred() | ast.Await() | ast.NamedExpr():
                 return self.kinds(value.value)
             case ast.Tuple() | ast.List() | ast.Set():
@@ -267,6 +266,10 @@ class Objects:
                 return self._kinds_of_result(value)
         return UNKNOWN
 
+    def _kinds_of_element(self, value: ast.expr) -> frozenset[str]:
+        """Return what may have made an element; what a loader yields is no loader."""
+        return frozenset("?" if _idioms.is_loader(kind) else kind for kind in self.kinds(value))
+
     def _all_kinds(self, values: Sequence[ast.expr]) -> frozenset[str]:
         return frozenset().union(*(self.kinds(value) for value in values))
 
@@ -285,12 +288,15 @@ class Objects:
             last = callee.rpartition(".")[2]
             if _idioms.CONTAINER_OF.match(last):
                 return frozenset({callee}) | self._all_kinds(arguments)
-            made = [part for part in arguments if isinstance(part, ast.Call | ast.List | ast.ListComp)]
+            parts = [*call.args, *(k.value for k in call.keywords if k.arg not in _idioms.OWN_RANDOMNESS)]
+            made = [part for part in parts if isinstance(part, ast.Call | ast.List | ast.ListComp)]
             return frozenset({callee}) | (self._all_kinds(made) - UNKNOWN)
         if name in self.classes:
             return frozenset({f"<{name}>"})
         if name in self.functions:
             return self.kinds_returned(call)
+        if name == "next" and arguments:
+            return self._kinds_of_element(arguments[0])
         if name in _idioms.KEEP:
             return self._all_kinds(arguments)
         if isinstance(call.func, ast.Attribute):
@@ -357,17 +363,15 @@ class Objects:
             return self.all_held(arguments)
         if (returned := self.held_returned(call)) is not None:
             return returned
+        kinds = self.kinds(call.func)
+        if name in _idioms.FRESH or name in _idioms.CONSTANTS or (kinds and all(map(_idioms.makes_new, kinds))):
+            return frozenset()
         if isinstance(call.func, ast.Attribute):
             if call.func.attr in _idioms.FRESH_METHODS:
                 return frozenset()
             return self.held(call.func.value) | self.all_held(arguments)
-        if name in _idioms.FRESH or name in _idioms.CONSTANTS or self.leaves_all(call.func):
-            return frozenset()
-        return self.held(call.func) | self.all_held(arguments)
-
-    def leaves_all(self, func: ast.expr) -> bool:
-        """Tell whether a call of an object is known to leave it, and its arguments, as they are."""
-        return all(_idioms.leaves_all(kind) for kind in self.kinds(func)) and bool(self.kinds(func))
+        own = name and name not in self.made and name not in self.holds
+        return (frozenset() if own else self.held(call.func)) | self.all_held(arguments)
 
     def roots(self, node: ast.expr) -> frozenset[str]:
         """Return the names whose objects are changed if the value of an expression is."""

@@ -126,11 +126,25 @@ class Reading(Objects):
 
     def _called(self, call: ast.Call) -> list[tuple[Function, ast.expr | None]]:
         """Return the functions of the notebook that a call may call, and for methods their object."""
-        if isinstance(call.func, ast.Attribute):
-            return [(function, call.func.value) for function in self._methods_of(call.func)]
         if dotted(call.func) in self.classes:
             return []
-        return [(function, None) for function in self._functions_of(call.func)]
+        found: list[tuple[Function, ast.expr | None]] = []
+        if isinstance(call.func, ast.Attribute):
+            found += [(function, call.func.value) for function in self._methods_of(call.func)]
+        else:
+            found += [(function, None) for function in self._functions_of(call.func)]
+        # A model, say: all that is called may be such an object.
+        kinds = self.kinds(call.func) if not found else frozenset()
+        for kind in kinds:
+            if kind.startswith("<"):
+                found += [(function, call.func) for function in self._call_methods(kind[1:-1])]
+            elif not _idioms.makes_new(kind):
+                return []
+        return found
+
+    def _call_methods(self, name: str) -> list[Function]:
+        """Return the methods of a class that a call of its objects calls."""
+        return self._methods(name, "__call__") or self._methods(name, "forward")
 
     def _methods_of(self, func: ast.Attribute) -> list[Function]:
         """Return the methods of the notebook's classes that an attribute may be."""

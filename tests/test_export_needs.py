@@ -150,6 +150,19 @@ def test_a_training_on_one_gpu_belongs_only_if_its_model_does(loop: str) -> None
     assert not any("print" in text and "for" not in text for text in with_model)
 
 
+EVALUATION = """\
+print(sum(p.numel() for p in model.parameters()))
+first, = next(iter(loader))
+out = model(first)
+predictions = [model(x).argmax() for x in loader]
+"""
+
+
+def test_who_looks_at_a_model_changes_nothing() -> None:
+    net = TRAINING.replace("model = Net()", "    def forward(self, x):\n        return self.layer(x)\nmodel = Net()")
+    assert kept("model, loader", net, EVALUATION) == kept("model, loader", net)
+
+
 @pytest.mark.parametrize("made", ['{"lr": 0.1}', "SimpleNamespace(lr=0.1)", "C()"])
 def test_a_configuration_is_not_changed_by_who_reads_it(made: str) -> None:
     config = f"from types import SimpleNamespace\nimport dataclasses\n@dataclasses.dataclass\nclass C:\n    lr: int = 1\ncfg = {made}"
