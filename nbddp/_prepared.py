@@ -276,6 +276,7 @@ class Prepared:
             gate,
             begin=begin,
             stay=kept is not None and not self.job.last,
+            plain=self.job.view.plain,
             timeout=self.job.options.timeout,
             grace=self.job.grace,
             wait_until_gone=self.devices.gpus or self.job.last or world.launch.nnodes > 1,

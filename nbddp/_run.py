@@ -75,6 +75,7 @@ class Run:
         gate: Tells of interrupts.
         begin: Sets the cell going.
         stay: Whether the ranks stay when the cell is over, if they can.
+        plain: Whether what is shown is to be the same at every run: how long ranks take to begin is not.
         timeout: Seconds after which the run is stopped, or None.
         grace: Seconds that ranks have to end after an interrupt.
         wait_until_gone: Whether to return only when every process is gone: what holds a GPU's memory must be, before
@@ -91,6 +92,7 @@ class Run:
         *,
         begin: Callable[[], None],
         stay: bool = False,
+        plain: bool = False,
         timeout: float | None,
         grace: float,
         wait_until_gone: bool,
@@ -107,7 +109,9 @@ class Run:
         self._launch = world.launch
         self._ranks.attach(relay, arrived=self._arrived, began=self._began)
         self.panel = Panel(self._ranks, self._launch.ranks, relay.outputs, screen, meter)
-        self._slow_start_at = time.monotonic() + _SLOW_START_SECONDS
+        # Without the others of several machines it goes nowhere.
+        quiet = plain and world.launch.nnodes == 1
+        self._slow_start_at = float("inf") if quiet else time.monotonic() + _SLOW_START_SECONDS
         self._announced = -1  # the attempt whose failure the user has been told of
         self._ladder: Ladder | None = None
         self._cause = "done"
