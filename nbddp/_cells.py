@@ -146,7 +146,7 @@ def shifts(source: str) -> list[int]:
 
 
 def _split(text: str, transform: Transform) -> list[Piece]:
-    tree = compile(text, "<cell>", "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    tree = compile(text, "<cell>", "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
     assert isinstance(tree, ast.Module)
     lines = text.split("\n")
     found: list[Piece] = []

@@ -212,7 +212,7 @@ def _blocks(node: ast.stmt) -> Iterator[Sequence[ast.stmt]]:
 
 def _reads(node: ast.stmt) -> tuple[frozenset[str], frozenset[str]]:
     """Return the global names that a statement reads when it runs, and those that functions in it read when called."""
-    code = compile(ast.Module([node], []), "<cell>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    code = compile(ast.Module([node], []), "<cell>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
     now: set[str] = set()
     late: set[str] = set()
     lambdas = not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)

@@ -218,7 +218,7 @@ def _export(job: _Job, *, force: bool) -> Exported:
             script.saved = replace(saved, plain=plain)
         try:
             text = script.text()
-            compile(text, "train.py", "exec")
+            compile(text, "train.py", "exec", dont_inherit=True)
         except CannotExport as error:
             raise ExportError(str(error)) from None
         except SyntaxError as error:
@@ -307,7 +307,13 @@ def _with_kept(
 def _body(job: _Job) -> list[Piece]:
     try:
         body = _chains.body(job.cells[job.chosen], job.transform)
-        compile(ast.Module([piece.node for piece in body], []), "<cell>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        compile(
+            ast.Module([piece.node for piece in body], []),
+            "<cell>",
+            "exec",
+            ast.PyCF_ALLOW_TOP_LEVEL_AWAIT,
+            dont_inherit=True,
+        )
     except SyntaxError as error:
         raise ExportError(f"{job.place} has a syntax error on line {(error.lineno or 0) + 1}: {error.msg}") from None
     if any(piece.magic.startswith("%%") for piece in body):

@@ -62,7 +62,7 @@ def read(
     source = f"{VALUE} = ({text}\n)" if "#" in text else f"{VALUE} = ({text})"
     try:
         body = ast.parse(source).body
-        compile(source, _FILENAME, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT | ast.PyCF_ONLY_AST)
+        compile(source, _FILENAME, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT | ast.PyCF_ONLY_AST, dont_inherit=True)
     except SyntaxError as error:
         hint = _command_meant(text, commands) or "A cell that begins with %%ddp runs statements"
         raise OptionError(f"%ddp {text}: that is no expression ({error.msg}). {hint}") from None

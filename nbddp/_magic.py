@@ -206,8 +206,14 @@ class DDPMagics(Magics):
         # A comment takes the place of the magic line, so that lines are numbered as the notebook numbers them.
         try:
             comment = "#\n" if header else ""
-            tree = compile(comment + transformed, filename, "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
-            compile(tree, filename, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+            tree = compile(
+                comment + transformed,
+                filename,
+                "exec",
+                ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT,
+                dont_inherit=True,
+            )
+            compile(tree, filename, "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
         except SyntaxError as error:
             raise _CellSyntaxError.of(error, number) from None
         uses = _names.Uses(tree.body, shell.transform_cell)

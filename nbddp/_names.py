@@ -136,7 +136,8 @@ class Uses:
 
     def _code(self, module: ast.Module, bound: frozenset[str]) -> frozenset[str]:
         """Record the global names of a piece of code; return those that it binds at its own top level."""
-        code = compile(module, "<cell>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        # Without the future of this module, in which annotations are text.
+        code = compile(module, "<cell>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
         stored: set[str] = set()
         for depth, name, stores, line in globals_of(code):
             if stores:

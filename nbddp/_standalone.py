@@ -528,7 +528,7 @@ class Script:
         lines = piece.text.split("\n")
         comments = lines[: next(i for i, line in enumerate(lines) if not line.startswith("#"))]
         code = "\n".join(lines[len(comments) :])
-        parsed = compile(code, "<cell>", "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        parsed = compile(code, "<cell>", "exec", ast.PyCF_ONLY_AST | ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
         assert isinstance(parsed, ast.Module)
         assert isinstance(parsed.body[0], ast.Expr)
         expression = ast.get_source_segment(code, parsed.body[0].value) or code
@@ -678,7 +678,7 @@ def _values_of(name: str, node: ast.stmt) -> list[ast.expr]:
 
 def _awaits(nodes: Sequence[ast.stmt]) -> bool:
     """Tell whether statements await at their top level."""
-    code = compile(ast.Module(list(nodes), []), "<cell>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    code = compile(ast.Module(list(nodes), []), "<cell>", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
     return bool(code.co_flags & 0x80)  # CO_COROUTINE
 
 

@@ -225,10 +225,10 @@ def test_a_session_directory_that_was_cleared_away_is_made_anew(new_kernel: Call
 
 # As on a machine with GPUs: the prompt comes back when every process is gone.
 WAIT_UNTIL_GONE = """
-import functools, nbddp._job as job, nbddp._run as run
+import functools, nbddp._prepared as prepared, nbddp._run as run
 def Patched(*args, **kwargs):
     return run.Run(*args, **{**kwargs, "wait_until_gone": True})
-job.Run = Patched
+prepared.Run = Patched
 """
 
 

@@ -35,6 +35,7 @@ def taken(cell: str) -> set[str]:
         ("while n:\n    if a: break\n    else: continue", "a n"),
         ("with suppress(OSError):\n    m = load()\nm.train()", "load m suppress"),
         ("with open(p) as f:\n    f.read()\nprint(f)", "p"),
+        ("def f(a: A = b) -> C:\n    d: D = a\n    return d", "A b C"),
         ("with torch.no_grad():\n    y = model(x)\nprint(y)", "model torch x"),
         ("try:\n    x = f()\nexcept E as e:\n    x = g(e)\nprint(x)", "E f g"),
         ("try:\n    x = 1\nfinally:\n    y = 2\nprint(x, y)", ""),

@@ -193,6 +193,14 @@ def test_code_that_initialises_the_group_itself_runs_unchanged(kernel: Kernel, c
     assert reply.lines == ["[rank 0] 2.0", "[rank 1] 2.0"]
 
 
+def test_annotations_of_a_cells_functions(kernel: Kernel) -> None:
+    kernel.ok("from collections.abc import Sequence\nfrom fractions import Fraction")
+    reply = kernel.ok(
+        "%%ddp --cpus 1\ndef total(x: Sequence[int]) -> Fraction:\n    return sum(x)\nprint(total([1, 2]))"
+    )
+    assert reply.text == "3\n"
+
+
 def test_processes_that_a_rank_spawns_meet_where_they_say(kernel: Kernel) -> None:
     kernel.ok(
         "import socket, torch, torch.distributed as dist, torch.multiprocessing as mp\n"
