@@ -65,10 +65,12 @@ class Session:
     Attributes:
         namespace: Its user's names, and their values.
         hidden: What of it is IPython's own.
+        defaults: The options that hold where a ``%%ddp`` line says nothing else.
     """
 
     namespace: Mapping[str, Any]
     hidden: Mapping[str, Any]
+    defaults: str = ""
 
     def has(self, name: str) -> bool:
         """Tell whether the user has given a name a value."""
@@ -269,7 +271,7 @@ def _options(job: _Job, line: str, above: Sequence[Piece]) -> Options:
     if job.session is None:
         line = _EXPANSION.sub(lambda match: _constant(match[1] or match[2], above) or match[0], line)
     try:
-        return parse(line)
+        return parse(line, job.session.defaults if job.session is not None else "")
     except HelpAsked:
         raise ExportError(f"{job.place} only asks for help: %%ddp {line}") from None
     except OptionError as error:

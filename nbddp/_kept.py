@@ -114,6 +114,10 @@ class Kept:
                 self._sent[name] = id(names[name])
         return newer
 
+    def came_back(self, results: Mapping[str, Any]) -> None:
+        """Take note that the notebook has these values from the ranks, whose own are no older."""
+        self._sent |= {name: id(value) for name, value in results.items()}
+
     # A cell.
 
     def check(self, options: Options) -> None:

@@ -103,6 +103,8 @@ class KeptCommands:
             last=last,
         )
         self._space.update(results)
+        if (kept := _kept.current()) is not None:
+            kept.came_back(results)
 
     # Cells that go to the kept ranks without saying so.
 

@@ -162,9 +162,11 @@ class DDPMagics(Magics):
         if options.auto:
             sys.stdout.write("nbddp: this cell runs on the kept ranks, not in the notebook (%ddp auto off)\n")
         finished = self._perform(job)
-        stale = _stale_optimizers(self.shell.user_ns, options)
+        stale = _stale_optimizers(self.shell.user_ns, {"--out": options.out, "--gather": options.gather})
         # One call into C, which no interrupt can tear.
         self.shell.user_ns.update(finished.results)
+        if (kept := _kept.current()) is not None and options.keep:
+            kept.came_back(finished.results)
         if stale:
             sys.stdout.write(f"{stale}\n")
         return CellValue(*finished.value) if finished.value is not None else None
@@ -376,10 +378,13 @@ class DDPMagics(Magics):
             **fields,
         )
         try:
-            return _job.perform(job, client, screen_of(self.shell)).results
+            results = _job.perform(job, client, screen_of(self.shell)).results
         except ResultError as error:
             self._left_over = error.results
             raise
+        if stale := _stale_optimizers(self.shell.user_ns, {"%ddp pull": job.wanted.out}):
+            sys.stdout.write(f"{stale}\n")
+        return results
 
     def _export(self, words: Sequence[str]) -> None:
         """Write a cell of this session as a script."""
@@ -393,7 +398,7 @@ class DDPMagics(Magics):
         shell = self.shell
         exported = _export.from_session(
             self._cells_so_far(),
-            _export.Session(shell.user_ns, shell.user_ns_hidden),
+            _export.Session(shell.user_ns, shell.user_ns_hidden, self.defaults),
             shell.transform_cell,
             given.cell,
             given.output,
@@ -460,8 +465,12 @@ class DDPMagics(Magics):
 DDPMagics.ddp.__doc__ = f"{help_text()}\n{_commands.LINE_HELP}"
 
 
-def _stale_optimizers(space: Mapping[str, Any], options: Options) -> str:
+def _stale_optimizers(space: Mapping[str, Any], asked: Mapping[str, Sequence[str]]) -> str:
     """Return a line on optimizers of the notebook whose parameters are about to be another model's; or none.
+
+    Args:
+        space: The notebook's names.
+        asked: What comes back, by how it was asked for.
 
     A model that comes back is a new object. An optimizer that did not come with it would go on stepping the old one's
     parameters, without an error.
@@ -469,7 +478,7 @@ def _stale_optimizers(space: Mapping[str, Any], options: Options) -> str:
     torch = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "optim"):
         return ""
-    results = *options.out, *options.gather
+    results = [name for names in asked.values() for name in names]
     models = {name: space.get(name) for name in results if isinstance(space.get(name), torch.nn.Module)}
     for name, optimizer in list(space.items()):
         if name.startswith("_") or name in results or not isinstance(optimizer, torch.optim.Optimizer):
@@ -477,10 +486,11 @@ def _stale_optimizers(space: Mapping[str, Any], options: Options) -> str:
         own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         for model, module in models.items():
             if module is not None and any(id(parameter) in own for parameter in module.parameters()):
-                option, names = ("--out", options.out) if model in options.out else ("--gather", options.gather)
+                option, names = next((option, names) for option, names in asked.items() if model in names)
+                listed = (" " if option.startswith("%") else ",").join([*names, name])
                 return (
                     f"nbddp: {name} still holds the parameters that {model} had before; what is to come back as one "
-                    f"goes into one {option}: {','.join([*names, name])}"
+                    f"goes into one {option}: {listed}"
                 )
     return ""
 

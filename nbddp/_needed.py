@@ -157,6 +157,8 @@ def find(
         effects = flow.follow(piece, transform)
         if effects.reads & own and not piece.state:
             piece = replace(piece, state="made by nbddp itself")
+            # What it calls works on copies.
+            effects = replace(effects, changes=frozenset())
         read.append(_Read(piece, effects, holding))
         holding = holding | _made_by(effects) if piece.state else holding - effects.binds
     search = _Search({*names, *flow.behind(names), *SEEDS.values()} - set(given), alive)

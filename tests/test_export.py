@@ -562,3 +562,20 @@ def test_a_notebook_is_run_as_before(tmp_path: Path) -> None:
 def test_what_a_cell_binds_in_a_loop_is_its_own(tmp_path: Path) -> None:
     path = notebook(tmp_path / "n.ipynb", "%%ddp --cpus 2\nfor i in range(3):\n    last = i\nprint(last)")
     assert from_file(str(path), "1", "-").missing == ()
+
+
+def test_what_a_launch_was_given_is_as_it_was(tmp_path: Path) -> None:
+    above = "import nbddp\nx = [1, 2]\ntotal = nbddp.launch(sum, x, cpus=2)"
+    assert from_file(str(notebook(tmp_path / "n.ipynb", above, "%%ddp --cpus 2\nprint(x)")), "2", "-").missing == ()
+    assert from_file(str(notebook(tmp_path / "m.ipynb", above, "%%ddp --cpus 2\nprint(total)")), "2", "-").missing == (
+        "total",
+    )
+
+
+def test_the_defaults_of_a_session_are_its_options(kernel: Kernel) -> None:
+    kernel.ok("%config DDPMagics.defaults = '--cpus 3'")
+    try:
+        kernel.ok("%%ddp\nprint(rank)")
+        assert "--nproc-per-node 3" in kernel.ok("%ddp export -o -").text
+    finally:
+        kernel.ok("%config DDPMagics.defaults = ''")

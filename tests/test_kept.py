@@ -771,3 +771,16 @@ def test_a_failed_cells_variables_are_not_held(ranks: Kernel) -> None:
     )
     assert left.status == "ok"
     assert ranks.get("left") == [True, True]
+
+
+def test_what_came_from_the_ranks_is_not_newer_than_theirs(ranks: Kernel) -> None:
+    ranks.ok("import torch\nnet = torch.nn.Linear(1, 1)\nopt = torch.optim.SGD(net.parameters(), 0.1)")
+    ranks.ok(f"{KEEP}net.weight.data += 1")
+    assert ranks.ok("%ddp pull net").text == (
+        "nbddp: opt still holds the parameters that net had before; what is to come back as one goes into one "
+        "%ddp pull: net opt\n"
+    )
+    assert ranks.ok("%%ddp --keep --out net\nnet.weight.data += 1").status == "ok"
+    assert "push" not in ranks.ok("%%ddp --keep\nnet").text
+    ranks.ok("net = torch.nn.Linear(1, 1)")
+    assert "%ddp push net" in ranks.ok("%%ddp --keep\nnet").text
