@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -20,4 +21,7 @@ def save(path: Path) -> None:
 
 if __name__ == "__main__":
     for name in sys.argv[1:]:
+        if "ultralytics" in name and importlib.util.find_spec("ultralytics") is None:
+            print(f"NOT SAVED: {name} takes ultralytics")
+            continue
         save(Path(name))
