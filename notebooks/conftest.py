@@ -27,4 +27,6 @@ if not _can_import_ultralytics():
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Name what was left out."""
     for name in collect_ignore:
-        terminalreporter.write_line(f"NOT TESTED: notebooks/{name} takes ultralytics (saved with 8.4.190) and torchvision", yellow=True)
+        terminalreporter.write_line(
+            f"NOT TESTED: notebooks/{name} takes ultralytics (saved with 8.4.190) and torchvision", yellow=True
+        )
