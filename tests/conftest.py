@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -145,6 +146,9 @@ def nothing_left(request: pytest.FixtureRequest, private_folders: Path, open_ker
             with contextlib.suppress(psutil.Error):
                 if "nbddp._launcher" not in " ".join(process.cmdline()):
                     process.send_signal(signal.SIGKILL)
+        for line in left:
+            if line.startswith((str(private_folders), "/dev/shm/")):
+                shutil.rmtree(line, ignore_errors=True)
     assert not left, f"left behind by {request.node.name}:\n" + "\n".join(left)
     assert _environment() == environment
 

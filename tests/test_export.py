@@ -106,7 +106,7 @@ def test_every_cell_of_a_notebook_makes_a_script(path: Path) -> None:
 @pytest.mark.parametrize(
     "path",
     # The others, which train for longer, are run by `make long`.
-    [path for path in NOTEBOOKS if path.stem in ("01_quickstart", "06_trainer_object") or "NBDDP_LONG" in os.environ],
+    [path for path in NOTEBOOKS if path.stem == "01_quickstart" or "NBDDP_LONG" in os.environ],
     ids=lambda path: path.stem,
 )
 def test_every_cell_of_our_notebooks(path: Path, new_kernel: Callable[..., Kernel], tmp_path: Path) -> None:

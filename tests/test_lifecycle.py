@@ -347,7 +347,7 @@ def test_data_goes_to_memory_if_there_is_room_else_to_disk_else_nowhere(
     assert run.store("x", 1000, write_too_much).startswith(session.root)
     # A container's memory limit may be less than its /dev/shm.
     monkeypatch.setattr(_paths._process, "available_memory", lambda: 1 << 20)
-    assert run.store("x", 1000, write).startswith(session.root)
+    assert run.store("x", 2 << 20, write).startswith(session.root)
     monkeypatch.undo()
     monkeypatch.setattr(_paths, "_SHM", str(small_disk))
     (small_disk / session.name).mkdir()
