@@ -24,7 +24,7 @@ def examples() -> list[tuple[str, str | None]]:
 
 
 def comparable(text: str) -> list[str]:
-    """Return the lines, without the number of the cell, the order of the ranks, and the last bytes of names of files."""
+    """Return the lines, without the number of the cell, the order of the ranks, and how long names of files are."""
     text = re.sub(r"\d+\.\d kB in all", "so many kB in all", text.strip())
     return sorted(re.sub(r"In\[\d+\]", "In[]", text).split("\n"))
 
