@@ -119,7 +119,7 @@ class Client:
             if self._session is None:
                 # What a killed kernel left is this user's, and nobody else will clear it away.
                 for name in sweep():
-                    _process.kill_all(_process.marked(_settings.SESSION, name))
+                    _process.kill_marked(_settings.SESSION, name)
                 self._session = Session()
                 atexit.register(self.close)
             self._session.check()
@@ -252,7 +252,7 @@ class Client:
 
     def _end_leftovers(self) -> None:
         """Kill what still runs of this session after its launcher was killed."""
-        _process.kill_all(_process.marked(_settings.SESSION, self.session.name))
+        _process.kill_marked(_settings.SESSION, self.session.name)
 
     def _stop_launcher(self, *, word: bytes = GOODBYE) -> None:
         self.wake()

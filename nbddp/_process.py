@@ -16,11 +16,15 @@ import signal
 import socket
 import stat
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+
+# Seconds until what SIGKILL does not end, since the kernel does not let it go, is left to itself.
+_KILL_SECONDS = 2.0
 
 # Loaded once, in the launcher: dlopen in every forked rank would cost a fifth of a millisecond each.
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -164,6 +168,14 @@ def kill_all(pids: list[int]) -> None:
     """Send SIGKILL to each of `pids`."""
     for pid in pids:
         send_signal(pid, None, signal.SIGKILL)
+
+
+def kill_marked(variable: str, value: str) -> None:
+    """Send SIGKILL to all processes that `marked` finds, until it finds none: one may have forked just before."""
+    deadline = time.monotonic() + _KILL_SECONDS
+    while (pids := marked(variable, value)) and time.monotonic() < deadline:
+        kill_all(pids)
+        time.sleep(0.005)
 
 
 def hang_up() -> None:
