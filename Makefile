@@ -12,12 +12,12 @@ SHELL_TESTS = $(patsubst %,tests/test_%.py,cell completion config errors express
 # failed beside another is run again by itself, where its times mean something, and must pass there.
 two_at_a_time = $(1) -n 2 --dist loadfile -m $(2) || $(1) -m $(2) --last-failed --last-failed-no-failures none
 
-.PHONY: demo test long check browser bench notebooks clean
+.PHONY: demo test long check browser cluster bench notebooks clean
 
 demo: .venv/demo
 	.venv/bin/python -m nbddp notebooks/01_quickstart.ipynb
 
-test: .venv/test .venv/libraries/made .venv/oldest/made check browser
+test: .venv/test .venv/libraries/made .venv/oldest/made check browser cluster
 	$(call two_at_a_time,.venv/bin/python -m pytest,"not alone")
 	.venv/bin/python -m pytest -m alone
 	NBDDP_PLAIN=1 .venv/libraries/bin/python -m pytest --nbval notebooks -n 2 --dist loadfile
@@ -47,6 +47,30 @@ browser:
 		timeout 300 apt-get -qq install -y --no-install-recommends chromium > /dev/null; \
 	fi; \
 	command -v chromium > /dev/null || echo "no browser: the tests in JupyterLab will be skipped"
+
+# What the tests on several machines need, had in the same way: Slurm, sshd, and ip for machines with addresses of their own.
+# The tests start daemons of their own; those of the packages are not started, neither now nor with the machine.
+cluster:
+	@missing=; for pair in slurmd:slurmd slurmctld:slurmctld munged:munge sshd:openssh-server; do \
+		PATH="$$PATH:/usr/sbin" command -v $${pair%:*} > /dev/null || missing="$$missing $${pair#*:}"; \
+	done; \
+	command -v srun > /dev/null || missing="$$missing slurm-client"; \
+	command -v ip > /dev/null || missing="$$missing iproute2"; \
+	if [ "$$missing" ] && [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null; then \
+		echo "apt-get install$$missing"; \
+		export DEBIAN_FRONTEND=noninteractive; \
+		policy=/usr/sbin/policy-rc.d; \
+		if [ ! -e $$policy ]; then \
+			trap 'rm -f /usr/sbin/policy-rc.d' EXIT; printf '#!/bin/sh\nexit 101\n' > $$policy; chmod 755 $$policy; \
+		fi; \
+		timeout 60 apt-get -qq update > /dev/null; \
+		timeout 300 apt-get -qq install -y --no-install-recommends $$missing > /dev/null 2>&1; \
+		if [ -d /run/systemd/system ]; then \
+			systemctl --quiet disable $$(echo $$missing | sed s/openssh-server/ssh/) 2> /dev/null; \
+		fi; \
+	fi; \
+	command -v srun > /dev/null || echo "no Slurm: the tests of runs under Slurm will be skipped"; \
+	PATH="$$PATH:/usr/sbin" command -v sshd > /dev/null || echo "no sshd: the tests of runs over ssh will be skipped"
 
 # Run the notebooks anew and save what they show, which `make test` then holds them to.
 notebooks: .venv/libraries/made

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
+from tests.cluster import Namespaces, Slurm, Sshd, missing, own_address
 from tests.kernel import Kernel
 from tests.leftovers import MARK, leftovers, marked
 
@@ -107,6 +108,60 @@ def lab(_module_lab: Lab) -> Iterator[Lab]:
     """JupyterLab in a browser; starting it takes seconds, so that a module's tests share it, and its page."""
     yield _module_lab
     _module_lab.close_notebooks()
+
+
+def _need(what: str, *commands: str) -> None:
+    if lacking := missing(*commands):
+        pytest.skip(f"NOT TESTED: {what}; that takes {', '.join(lacking)}, which `make cluster` installs as root")
+
+
+@pytest.fixture(scope="module")
+def _module_slurm(private_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    _need("runs under Slurm", "munged", "slurmctld", "slurmd", "srun")
+    if not (address := own_address()).startswith("127."):
+        pytest.skip(
+            "NOT TESTED: runs under Slurm; its daemons listen at the address to which this machine's name leads, "
+            f"{address or 'which is none'}, and must at one of loopback: see /etc/hosts"
+        )
+    slurm = Slurm(tmp_path_factory.mktemp("slurm"), gpus=2)
+    yield slurm
+    slurm.close()
+
+
+@pytest.fixture
+def slurm(_module_slurm: Slurm) -> Iterator[Slurm]:
+    """A real Slurm of two nodes; what a test kills there is started again, and no job may be left."""
+    yield _module_slurm
+    left = _module_slurm.restore()
+    assert not left, f"jobs left behind: {left}"
+
+
+@pytest.fixture(scope="module")
+def _module_sshd(private_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
+    _need("runs over ssh", "sshd", "ssh", "ssh-keygen", "setpriv")
+    sshd = Sshd(tmp_path_factory.mktemp("sshd"))
+    yield sshd
+    sshd.close()
+
+
+@pytest.fixture
+def sshd(_module_sshd: Sshd) -> Iterator[Sshd]:
+    """Two real hosts, a and b; what a test kills there is started again, and no connection may be left."""
+    yield _module_sshd
+    left = _module_sshd.restore()
+    assert not left, f"connections left behind: {left}"
+
+
+@pytest.fixture(scope="module")
+def namespaces(private_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespaces]:
+    """Three machines, login, a and b, with addresses of their own."""
+    _need("machines with addresses of their own", "ip", "unshare", "nsenter", "setpriv")
+    try:
+        made = Namespaces(tmp_path_factory.mktemp("net"))
+    except (ChildProcessError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"NOT TESTED: machines with addresses of their own; making them takes root: {error}")
+    yield made
+    made.close()
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import json
 import os
 import queue
 import re
+import secrets
 import signal
 import threading
 import time
@@ -179,12 +180,20 @@ class Kernel:
         env: Environment variables besides this process's own; None as a value removes one.
         cwd: Its working directory.
         command: What its command is put behind, such as ``setpriv`` with options.
+        transport: How it is talked to, "tcp" on loopback, or "ipc", which reaches into another network namespace.
     """
 
     def __init__(
-        self, *, env: dict[str, str | None] | None = None, cwd: str | None = None, command: Sequence[str] = ()
+        self,
+        *,
+        env: dict[str, str | None] | None = None,
+        cwd: str | None = None,
+        command: Sequence[str] = (),
+        transport: str = "tcp",
     ) -> None:
-        self._manager = _Manager(kernel_name="python3")
+        self._manager = _Manager(kernel_name="python3", transport=transport)
+        if transport == "ipc":
+            self._manager.ip = f"{os.environ['TMPDIR']}/kernel-{secrets.token_hex(4)}"  # of the sockets' names
         self._manager.command = command
         full = {**os.environ, **(env or {})}
         self._manager.start_kernel(

@@ -14,6 +14,9 @@ from tests.kernel import Kernel
 # In the environment of whoever starts kernels, set to that process's pid: whose processes they and their runs are.
 MARK = "NBDDP_TEST_RUN"
 
+# In the environment of what Slurm or sshd has started for a user: the node (see cluster.py).
+NODE = "NBDDP_TEST_NODE"
+
 # What torch, multiprocessing and nbddp would leave in a temporary directory.
 _LITTER = ("nbddp-", "torchelastic_", "pytorch-errorfile-", "pymp-", "ipython-")
 
@@ -46,12 +49,15 @@ def leftovers(temp: Path, kernels: Iterable[Kernel]) -> list[str]:
 
 
 def marked() -> list[psutil.Process]:
-    """Return the processes that descend from a launcher of this test run's."""
+    """Return the processes that descend from a launcher of this test run's, or that a cluster's node has started.
+
+    A cluster's own daemons, slurmstepd and sshd's sessions among them, are not marked.
+    """
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
             environ = process.environ()
-            if environ.get(MARK) == str(os.getpid()) and "NBDDP_SESSION" in environ:
+            if environ.get(MARK) == str(os.getpid()) and ("NBDDP_SESSION" in environ or NODE in environ):
                 found.append(process)
     return found
 
