@@ -111,21 +111,35 @@ class RunDir:
             LaunchError: Neither has room; the message names both and their sizes.
             OSError: It could not be written.
         """
+        path = self.place(name, size)
+        try:
+            write(path)
+        except OSError as error:  # another rank has taken the room meanwhile
+            if error.errno != errno.ENOSPC or os.path.dirname(path) == self.root:
+                raise
+            path = self.place(name, size, memory=False)
+            write(path)
+        return path
+
+    def place(self, name: str, size: int, *, memory: bool = True) -> str:
+        """Return where a new file of `size` bytes is to be written; one of that name is deleted.
+
+        Args:
+            name: The file's name.
+            size: Its size in bytes.
+            memory: Whether it may lie in memory, where there is room.
+
+        Raises:
+            LaunchError: There is no room; the message says where, and how much there is.
+        """
         free = {}
         if self._shm is not None and os.path.isdir(_SHM):
             free[_SHM] = _free(_SHM)
             if size > _LITTLE:
                 # It may be larger than the memory that this process may have, and that would kill the kernel.
                 free[_SHM] = min(free[_SHM], _process.available_memory())
-            if free[_SHM] >= size + _SHM_RESERVE and self._make_shm():
-                path = os.path.join(self._shm, name)
-                try:
-                    _write_new(path, write)
-                    return path
-                except OSError as error:  # another rank has taken the room meanwhile
-                    if error.errno != errno.ENOSPC:
-                        raise
-                    free[_SHM] = _free(_SHM)
+            if memory and free[_SHM] >= size + _SHM_RESERVE and self._make_shm():
+                return _cleared(os.path.join(self._shm, name))
         parent = os.path.dirname(os.path.dirname(self.root))
         free[parent] = _free(parent)
         if free[parent] < size:
@@ -134,9 +148,7 @@ class RunDir:
                 f"no room for {format_size(size)} of data: there are {room} free. "
                 "Make room, or set TMPDIR to a folder that has it and restart the kernel"
             )
-        path = os.path.join(self.root, name)
-        _write_new(path, write)
-        return path
+        return _cleared(os.path.join(self.root, name))
 
     def _make_shm(self) -> bool:
         assert self._shm is not None
@@ -194,10 +206,10 @@ def _whose(path: str) -> str:
     )
 
 
-def _write_new(path: str, write: Callable[[str], None]) -> None:
+def _cleared(path: str) -> str:
     with contextlib.suppress(FileNotFoundError):  # of an attempt before a restart
         os.unlink(path)
-    write(path)
+    return path
 
 
 class Session:
