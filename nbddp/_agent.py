@@ -44,6 +44,8 @@ class Launch:
         nnodes: How many machines; of each, an agent is started by hand.
         node_rank: Which of them this one is.
         rdzv_endpoint: ``HOST:PORT`` at which the agents meet; None on one machine.
+        placed: Whether an engine has placed the agents, and there is a store for them.
+        placement: Of a run on nodes, as the gateway gets it: the fields of `nbddp._placement.Placement`.
     """
 
     run_dir: str
@@ -57,13 +59,21 @@ class Launch:
     nnodes: int = 1
     node_rank: int = 0
     rdzv_endpoint: str | None = None
+    placed: bool = False
+    placement: Mapping[str, Any] | None = None
 
     def torchrun_arguments(self) -> list[str]:
         """Return what torchrun is called with, the script included."""
         run = RunDir.from_environment(self.run_dir)
         return [
             *torchrun_options(
-                self.ranks, self.max_restarts, self.start_method, self.nnodes, self.node_rank, self.rdzv_endpoint
+                self.ranks,
+                self.max_restarts,
+                self.start_method,
+                self.nnodes,
+                self.node_rank,
+                self.rdzv_endpoint,
+                placed=self.placed,
             ),
             *("--log-dir", run.torchrun_logs),  # its own would stay in /tmp
             run.script,
@@ -77,11 +87,16 @@ def torchrun_options(
     nnodes: int = 1,
     node_rank: int = 0,
     rdzv_endpoint: str | None = None,
+    *,
+    placed: bool = False,
 ) -> list[str]:
     """Return torchrun's options for a run, or for this machine's part of one."""
     options = ["--nnodes", str(nnodes), "--nproc-per-node", str(ranks)]
     if nnodes == 1:
         options += ["--rdzv-backend", BACKEND, "--rdzv-endpoint", f"{LOOPBACK}:0", "--rdzv-id", BACKEND]
+    elif placed:
+        options += ["--rdzv-backend", BACKEND, "--rdzv-endpoint", rdzv_endpoint or "", "--rdzv-id", BACKEND]
+        options += ["--rdzv-conf", f"rank={node_rank}"]
     else:
         # Not c10d: it unpickles what the agents say of themselves, so who reaches its port can run code; and which
         # machine is which would be its choice.

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from nbddp import _machines, _process
+from nbddp import _machines, _nodes, _process
 from nbddp._errors import LaunchError
 from nbddp._options import Options
+from nbddp._placement import Placement
 
 LOOPBACK_INTERFACE = "lo0" if sys.platform == "darwin" else "lo"
 
@@ -21,6 +22,7 @@ class Devices:
     Attributes:
         ranks: Number of ranks.
         gpus: Whether each has a GPU.
+        placement: The nodes that have them; None for this machine.
         visible: CUDA_VISIBLE_DEVICES for the ranks; None to leave it as it is.
         note: A line for the user, if the run is not quite what was asked for.
     """
@@ -29,6 +31,7 @@ class Devices:
     gpus: bool
     visible: str | None = None
     note: str | None = None
+    placement: Placement | None = None
 
 
 def choose(
@@ -48,6 +51,9 @@ def choose(
     Raises:
         LaunchError: There are fewer GPUs than asked for, or none and no number of ranks was given.
     """
+    if options.placed:
+        placement = _nodes.place(options)
+        return Devices(placement.ranks, gpus=placement.gpus, placement=placement)
     if options.cpus is not None:
         return Devices(options.cpus, gpus=False)
     there = count_gpus()
@@ -123,6 +129,8 @@ def check_out_device(device: str, count_gpus: Callable[[], int]) -> None:
 
 def environment(base: Mapping[str, str], options: Options, devices: Devices) -> dict[str, str]:
     """Return the environment of the ranks: the notebook's, what the user sets, and what must be set and is not."""
+    if devices.placement is not None:
+        return _nodes.environment(options, devices.placement)
     env = {**base, **options.env}
     if devices.visible is not None:
         env["CUDA_VISIBLE_DEVICES"] = devices.visible
@@ -146,7 +154,7 @@ def threads_per_rank(ranks: int) -> int:
 
 def gpus_of(devices: Devices, env: Mapping[str, str]) -> list[str]:
     """Return for each rank its GPU, as the driver knows it: by number or UUID; an empty list if they have none."""
-    if not devices.gpus:
+    if not devices.gpus or devices.placement is not None:
         return []
     visible = env.get("CUDA_VISIBLE_DEVICES")
     names = [name.strip() for name in visible.split(",")] if visible else [str(i) for i in range(devices.ranks)]

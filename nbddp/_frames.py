@@ -17,16 +17,25 @@ from __future__ import annotations
 
 import base64
 import binascii
+import importlib.metadata
 import json
+import platform
 import re
 import struct
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
+
+from nbddp import __version__
 
 Message = dict[str, Any]
 
 # What both sides must agree on; a node tells its own with its first words.
 PROTOCOL = 1
+
+# Seconds between two signs of life, and without one until either side takes the other for gone.
+BEAT_SECONDS = 1.0
+LEASE_SECONDS = 15.0
 
 # Bytes of a file or of output that travel in one message, so that what is urgent need not wait long.
 CHUNK = 1 << 16
@@ -62,6 +71,24 @@ class Frame(NamedTuple):
     message: Message
     number: int = 0
     data: bytes = b""
+
+
+def versions() -> dict[str, str]:
+    """Return this side's versions of what both must have alike."""
+    return {
+        "python": platform.python_version(),
+        "torch": _version("torch"),
+        "nbddp": __version__,
+        "executable": sys.executable,
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        # Without importing it, which for torch takes more than a second.
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 class LineWriter:

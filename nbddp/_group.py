@@ -66,6 +66,7 @@ def init(backend: str | None, device: torch.device, run_dir: RunDir | None, plac
     global _ours, _store
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    prefix = _PREFIX
     if run_dir is not None and os.environ["GROUP_WORLD_SIZE"] == "1":
         if place is None:
             place = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -73,11 +74,14 @@ def init(backend: str | None, device: torch.device, run_dir: RunDir | None, plac
         store.set_timeout(distributed_c10d.default_pg_timeout)
     else:
         store, rank, world_size = next(dist.rendezvous("env://"))
+        if place is not None:
+            # The keys of the group before would mislead this one.
+            prefix = f"{_PREFIX}/{place}"
     _store = store
     # Bound to its device, NCCL neither guesses one at the first barrier nor warns that it did.
     bound = {"device_id": device} if device.type == "cuda" and "nccl" in backend else {}
     distributed_c10d._nbddp_original(  # type: ignore[attr-defined]  # see let_user_take_over
-        backend, store=dist.PrefixStore(_PREFIX, store), rank=rank, world_size=world_size, **bound
+        backend, store=dist.PrefixStore(prefix, store), rank=rank, world_size=world_size, **bound
     )
     _ours = dist.group.WORLD
 

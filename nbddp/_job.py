@@ -12,6 +12,7 @@ results. The directory of the run is gone when this returns, whichever way it do
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from nbddp import (
     _client,
     _closure,
     _devices,
+    _engines,
     _kept,
     _limits,
     _plots,
@@ -139,20 +141,32 @@ def dry_run(job: Job, client: _client.Client) -> str:
             snapshot = _closure.capture(job.names, job.namespace, job.lines, job.place)
     if job.options.keep_script is not None:
         _export(_script(job, devices, snapshot), job.options.keep_script)
-    options = torchrun_options(
-        devices.ranks,
-        job.options.max_restarts,
-        client.start_method(env, job.options.nnodes),
-        job.options.nnodes,
-        job.options.node_rank or 0,
-        job.options.rdzv_endpoint,
-    )
     lines = [devices.note] if devices.note else []
-    command = "torchrun " + " ".join(options) + " <generated script>"
+    command = "torchrun " + " ".join(_torchrun_options(job, devices, client, env)) + " <generated script>"
+    if devices.placement is not None:
+        lines += (
+            shlex.join(link.argv)
+            for link in _engines.of(devices.placement).links(_engines.node_command(devices.placement))
+        )
+        command = f"and on each node, K being its number: {command}"
     lines.append(
         command if kept is None else f"on the kept {'rank' if devices.ranks == 1 else 'ranks'}; nothing is started"
     )
     return "\n".join([*lines, *_closure.explain(job.names, job.namespace, job.lines, snapshot)])
+
+
+def _torchrun_options(job: Job, devices: _devices.Devices, client: _client.Client, env: Mapping[str, str]) -> list[str]:
+    """Return what torchrun is called with."""
+    options, placement = job.options, devices.placement
+    if placement is None:
+        start_method = client.start_method(env, options.nnodes)
+        where = options.nnodes, options.node_rank or 0, options.rdzv_endpoint
+        return torchrun_options(devices.ranks, options.max_restarts, start_method, *where)
+    start_method = client.start_method(env)
+    words = torchrun_options(
+        placement.ranks_per_node, options.max_restarts, start_method, placement.nnodes, 0, "NODE0:PORT", placed=True
+    )
+    return [word.replace("rank=0", "rank=K") for word in words]
 
 
 def prepare(
@@ -175,7 +189,8 @@ def prepare(
     said = Said(screen)
     env = {**os.environ, **job.options.env}
     # First, so that it imports while this process pickles. Ranks that are there have theirs.
-    if (kept is None or kept.world is None) and (changed := client.start(env)):
+    starts_here = (kept is None or kept.world is None) and not job.options.placed
+    if starts_here and (changed := client.start(env)):
         said(f"nbddp: {', '.join(changed)} changed, which torch reads when it loads; loading it anew")
     if kept is not None:
         kept.check(job.options)
@@ -245,7 +260,7 @@ def _check_numbers(job: Job, devices: _devices.Devices, count_gpus: Callable[[],
 
 
 def _check_backend(options: Options, devices: _devices.Devices, there: Callable[[], list[str]]) -> None:
-    if options.backend is not None and options.init:
+    if options.backend is not None and options.init and devices.placement is None:
         _backends.check(options.backend, there(), gpus=devices.gpus)
 
 

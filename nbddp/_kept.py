@@ -18,7 +18,7 @@ from typing import Any
 from nbddp import _allocation, _limits, _settings
 from nbddp._devices import Devices, gpus_of
 from nbddp._errors import LaunchError, RunLostError
-from nbddp._memory import Meter
+from nbddp._memory import Meter, of_ranks
 from nbddp._options import Options
 from nbddp._paths import RunDir, cannot_write, format_size
 from nbddp._rank_state import RankState, how_it_died
@@ -547,9 +547,7 @@ def status(kept: Kept) -> list[str]:
     where = "one a GPU" if kept.devices.gpus else "on the CPU"
     count = "1 rank" if kept.devices.ranks == 1 else f"{kept.devices.ranks} ranks"
     lines = [f"nbddp: {count} kept since {since}, {where}, {ends}"]
-    memory = Meter(gpus_of(kept.devices, kept.world.launch.env)).read(
-        {rank: state.pid for rank, state in kept.states.items()}
-    )
+    memory = of_ranks(Meter(gpus_of(kept.devices, kept.world.launch.env)), kept.states)
     for rank, state in kept.states.items():
         held = ", ".join(f"{name} ({kind})" for name, kind in sorted(state.held.items()) if kind != "module")
         lines.append(f"  rank {rank}  pid {state.pid}  {memory.get(rank, '')}  {held or 'holds nothing'}")

@@ -29,6 +29,10 @@ class OptionKeywords(TypedDict, total=False):
     ranks: Sequence[int] | None
     plain: bool
     nnodes: int
+    hosts: Sequence[str]
+    slurm: str | None
+    engine: str | None
+    python: str | None
     node_rank: int | None
     rdzv_endpoint: str | None
     keep: bool

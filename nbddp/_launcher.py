@@ -11,6 +11,7 @@ its answers:
 count gpus            answered by ``gpus``; the channel closes
 backends              answered by ``backends``, those of torch's process groups; the channel closes
 launch                ``started`` with the agent's pid; and when the run and all it left are gone, ``ended``
+serve store           comes with a listening socket: ``started``; torch's store is behind it until the channel closes
 finish                the run's ranks have reported; what is not gone by itself in ``seconds`` is killed
 kill                  everything of the run is killed now
 (channel closed)      the same, unless it is to finish: a run lives no longer than the interest in it
@@ -37,7 +38,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from nbddp import _agent, _backends, _limits, _process, _repair, _wire
+from nbddp import _agent, _backends, _limits, _process, _rendezvous, _repair, _wire
 from nbddp._paths import RunDir, remove_session
 
 # What the kernel sends instead of a channel: when it goes on without this launcher, and when its session is over. Only
@@ -69,7 +70,7 @@ _AGENT_COMMAND = "import sys; sys.path[:] = {path!r}; from nbddp._agent import m
 
 @dataclass
 class _Run:
-    """A run and the channel on which it was asked for."""
+    """A run and the channel on which it was asked for; or a store, which has no directory."""
 
     pid: int
     directory: str
@@ -210,6 +211,8 @@ class Launcher:
                     self._forget(inbox)
                 case "launch":
                     self._launch(inbox, _agent.Launch(**message))
+                case "serve store":
+                    self._serve_store(inbox, inbox.fds.pop(0))
 
     def _answer(self, inbox: _wire.Inbox, kind: str, **fields: Any) -> None:
         with contextlib.suppress(OSError):
@@ -257,9 +260,29 @@ class Launcher:
         if pid == 0:
             self._forget_all()
             _agent.run_forked(launch, launcher)
-        run = self._runs[pid] = _Run(pid, launch.run_dir, inbox)
-        self._answer(inbox, "started", pid=pid)
-        self._selector.modify(inbox.sock, selectors.EVENT_READ, partial(self._command, run))
+        self._follow(_Run(pid, launch.run_dir, inbox))
+
+    def _serve_store(self, inbox: _wire.Inbox, holder: int) -> None:
+        """Serve the store of several machines' agents: in a process of its own, since the store has threads."""
+        launcher = os.getpid()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            os.close(holder)
+            self._answer(inbox, "refused", reason=_refusal(error))
+            self._forget(inbox)
+            return
+        if pid == 0:
+            self._forget_all()
+            _rendezvous.serve_until_killed(holder, launcher)
+        os.close(holder)
+        self._follow(_Run(pid, "", inbox))
+
+    def _follow(self, run: _Run) -> None:
+        """See to the end of a run that has just been started."""
+        self._runs[run.pid] = run
+        self._answer(run.inbox, "started", pid=run.pid)
+        self._selector.modify(run.inbox.sock, selectors.EVENT_READ, partial(self._command, run))
 
     def _forget_all(self) -> None:
         """Close, in a forked agent, what is the launcher's."""
@@ -307,7 +330,8 @@ class Launcher:
             run = self._runs.pop(pid, None)
             if run is not None:
                 self._end_leftovers()
-                RunDir.from_environment(run.directory).remove_again()
+                if run.directory:
+                    RunDir.from_environment(run.directory).remove_again()
                 self._answer(run.inbox, "ended", status=os.waitstatus_to_exitcode(status))
                 self._forget(run.inbox)
 

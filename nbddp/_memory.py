@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nbddp._paths import format_size
+from nbddp._rank_state import RankState
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
@@ -50,6 +51,13 @@ class Meter:
         with contextlib.suppress(Exception):  # not of a part of a GPU
             text += f", GPU {self._nvml.nvmlDeviceGetUtilizationRates(handle).gpu} %"
         return text
+
+
+def of_ranks(meter: Meter, states: Mapping[int, RankState]) -> dict[int, str]:
+    """Return for each rank what is to be said of its memory; of one on another machine, what its node says."""
+    here = {rank: state.pid for rank, state in states.items() if state.node is None}
+    there = {rank: state.memory for rank, state in states.items() if state.node is not None}
+    return meter.read(here) | there
 
 
 def _of_process(pid: int) -> str:

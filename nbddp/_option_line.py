@@ -27,8 +27,9 @@ examples:
   %%ddp --gpus 2 --env NCCL_DEBUG=INFO --timeout 600
   %%ddp --gpus 2 --bg training           return at once: training.wait(), .status, .results, .log(rank), .stop()
   %%ddp --gpus 2 --dry-run               show what would run and what would be sent
-  %%ddp --gpus 8 --nnodes 2 --node-rank 0 --rdzv-endpoint node0:29500
-                                         the first of two machines; on the other, the same with --node-rank 1
+  %%ddp --nnodes 2 --gpus 8 --slurm "--partition=gpu --time=1:00:00"
+                                         two nodes of a Slurm cluster, eight ranks on each
+  %%ddp --hosts gpu1,gpu2 --gpus 2       two machines over ssh
   %%ddp --gpus 2 --keep-script train.py  leave the script: torchrun --nproc-per-node 2 train.py
 
 In the cell, rank, local_rank, world_size and device are defined (unless the notebook has names like that), the process
@@ -75,6 +76,14 @@ def _number(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
+
+
+def _nodes(text: str) -> int:
+    if ":" in text:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: ranks are numbered before they start, so the number of nodes is fixed, as in --nnodes 2"
+        )
+    return _number(text)
 
 
 def _seconds(text: str) -> float:
@@ -157,9 +166,13 @@ def _make_parser() -> _Parser:
     add("--no-bg", dest="bg", action="store_const", const=None, help=argparse.SUPPRESS)
     add("--init", action="store_true", help=argparse.SUPPRESS)
     add("--keep-script", metavar="PATH", help="leave the generated script at PATH; plain torchrun runs it")
-    add("--nnodes", type=_number, metavar="N", help="N machines, on each of which the same cell is run by hand")
-    add("--node-rank", type=_number, metavar="K", help="which of them this one is, from 0")
-    add("--rdzv-endpoint", metavar="HOST:PORT", help="where the machines meet; HOST is machine 0")
+    add("--nnodes", type=_nodes, metavar="N", help="N nodes, of Slurm unless --hosts says otherwise; --gpus on each")
+    add("--hosts", type=listed_names, metavar="HOST,...", help="machines that ssh reaches, each of them a node")
+    add("--slurm", metavar="OPTIONS", help="options for srun, as in --slurm '--partition=gpu --time=1:00:00'")
+    add("--engine", metavar="NAME", help="what reaches the nodes: slurm, ssh, or local (processes of this machine)")
+    add("--python", metavar="PATH", help="the interpreter on the nodes (default: the notebook's own)")
+    add("--node-rank", type=_number, metavar="K", help="by hand on each machine: which this one is, from 0")
+    add("--rdzv-endpoint", metavar="HOST:PORT", help="... and where they meet; HOST is machine 0")
     add("--dry-run", action="store_true", help="print the torchrun command and what would be sent; launch nothing")
     add("-h", "--help", nargs=0, action=_Help, help="show this")
     return parser

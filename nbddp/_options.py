@@ -6,11 +6,15 @@ import keyword
 import operator
 import os
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nbddp import _machines
 from nbddp._errors import NbddpError
+
+# What reaches nodes.
+ENGINES = ("slurm", "ssh", "local")
 
 
 class OptionError(NbddpError, ValueError):
@@ -43,9 +47,14 @@ class RunOptions:
         auto: Whether ``%ddp auto`` has sent the cell here.
         bg: What a run in the background is called, empty for a name of nbddp's; None to wait for it.
         share: Whether GPUs may be used that kept ranks or runs in the background use.
-        nnodes: Number of machines, on each of which the same is called once.
-        node_rank: Which of them this one is, from 0.
-        rdzv_endpoint: ``HOST:PORT`` at which the machines meet; HOST is an address of machine 0.
+        nnodes: Number of nodes. With `node_rank` and `rdzv_endpoint` the same is called by hand on each; without, an
+            engine reaches them, and gpus and cpus are the ranks of each node.
+        hosts: Machines that ssh reaches, each of them a node.
+        slurm: Options for Slurm's srun, as in a terminal; may be empty.
+        engine: What reaches the nodes: "slurm", "ssh", or "local" (nodes that are processes of this machine).
+        python: The interpreter on the nodes; None for the notebook's own.
+        node_rank: Which node this one is, from 0, where they are launched by hand.
+        rdzv_endpoint: ``HOST:PORT`` at which these meet; HOST is an address of machine 0.
 
     Raises:
         OptionError: A value cannot be, or two contradict each other. It is a ``ValueError``.
@@ -73,8 +82,27 @@ class RunOptions:
     bg: str | None = None
     share: bool = False
     nnodes: int = 1
+    hosts: Sequence[str] = ()
+    slurm: str | None = None
+    engine: str | None = None
+    python: str | None = None
     node_rank: int | None = None
     rdzv_endpoint: str | None = None
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether each machine's part is launched by hand."""
+        return self.node_rank is not None or self.rdzv_endpoint is not None
+
+    @property
+    def placed(self) -> bool:
+        """Whether an engine places the ranks on nodes."""
+        return not self.by_hand and (self.nnodes > 1 or self.engine_name is not None)
+
+    @property
+    def engine_name(self) -> str | None:
+        """The engine, as far as the options say it."""
+        return self.engine or ("ssh" if self.hosts else None) or ("slurm" if self.slurm is not None else None)
 
     def __post_init__(self) -> None:
         """Check what can be checked without looking at the machine."""
@@ -138,7 +166,8 @@ class RunOptions:
         for name in ("out", "gather"):
             value = getattr(self, name)
             keep(name, tuple(listed_names(value) if isinstance(value, str) else value))
-        for name in ("backend", "out_device", "keep_script", "rdzv_endpoint"):
+        keep("hosts", tuple(listed_names(self.hosts) if isinstance(self.hosts, str) else self.hosts))
+        for name in ("backend", "out_device", "keep_script", "rdzv_endpoint", "slurm", "engine", "python"):
             value = getattr(self, name)
             if isinstance(value, os.PathLike):
                 keep(name, value := os.fspath(value))
@@ -161,18 +190,63 @@ class RunOptions:
                 _machines.parse_endpoint(self.rdzv_endpoint)
             except ValueError as error:
                 raise OptionError(f"--rdzv-endpoint {self.rdzv_endpoint}: {error}") from None
+        self._check_engine()
         if self.nnodes == 1:
             return
-        if self.node_rank is None or self.rdzv_endpoint is None:
+        if self.by_hand and (self.node_rank is None or self.rdzv_endpoint is None):
             raise OptionError(
-                f"--nnodes {self.nnodes}: each machine says which it is and where all meet, as in --nnodes "
+                f"--nnodes {self.nnodes}: by hand, each machine says which it is and where all meet, as in --nnodes "
                 f"{self.nnodes} --node-rank 0 --rdzv-endpoint HOST:29500, HOST being machine 0"
+            )
+        if self.max_restarts and not self.by_hand:
+            raise OptionError(
+                f"--max-restarts {self.max_restarts}: on several nodes torchrun would start the ranks of one anew, and "
+                "the others' would wait for the old ones. Save checkpoints, and run the cell again"
             )
         if self.max_restarts:
             raise OptionError(
                 f"--max-restarts {self.max_restarts}: on several machines nobody can start all ranks again; launch "
                 "anew on each"
             )
+
+    def _check_engine(self) -> None:
+        """Check what says how nodes are reached."""
+        given = [
+            option
+            for option, value in (("--hosts", self.hosts), ("--slurm", self.slurm), ("--engine", self.engine))
+            if value not in (None, ())
+        ]
+        if given and self.by_hand:
+            raise OptionError(
+                f"{given[0]} has nbddp start every node; --node-rank and --rdzv-endpoint are for a launch by hand on "
+                "each: give one or the other"
+            )
+        if self.engine is not None and self.engine not in ENGINES:
+            raise OptionError(f"--engine {self.engine}: there are {', '.join(ENGINES)}")
+        for host in self.hosts:
+            if not isinstance(host, str) or not re.fullmatch(r"[^\s,-][^\s,]*", host):
+                raise OptionError(f"--hosts {host!r}: names of machines as ssh knows them, as in --hosts gpu1,gpu2")
+        if self.hosts and self.engine not in (None, "ssh"):
+            raise OptionError(f"--hosts are reached by ssh, not by --engine {self.engine}; give one of them")
+        if self.slurm is not None and self.engine_name != "slurm":
+            raise OptionError(f"--slurm {self.slurm!r} is for Slurm, and {given[0]} for another engine: give one")
+        if self.engine == "ssh" and not self.hosts:
+            raise OptionError("--engine ssh: say which machines, as in --hosts gpu1,gpu2")
+        if self.slurm is not None:
+            try:
+                shlex.split(self.slurm)
+            except ValueError as error:
+                raise OptionError(f"--slurm {self.slurm!r}: {error}; write it as in a terminal") from None
+        if self.hosts and self.nnodes not in (1, len(self.hosts)):
+            raise OptionError(
+                f"--nnodes {self.nnodes} and --hosts {','.join(self.hosts)} differ in number; --hosts is enough"
+            )
+        if self.hosts:
+            object.__setattr__(self, "nnodes", len(self.hosts))
+        if self.python is not None and not self.placed:
+            raise OptionError(f"--python {self.python}: that is for nodes, as with --nnodes or --hosts")
+        if self.placed and self.gpu_ids and self.engine_name not in ("ssh", "local"):
+            raise OptionError("--gpu-ids: Slurm chooses the GPUs of a node, and numbers them from 0; say --gpus N")
 
     def _check_keeping(self) -> None:
         """Check what concerns ranks that stay, and runs in the background."""
@@ -193,8 +267,11 @@ class RunOptions:
             for option, contradicts in (("--max-restarts", self.max_restarts), ("--keep-script", self.keep_script)):
                 if contradicts:
                     raise OptionError(f"--keep and {option} do not go together: kept ranks are not one script's run")
-            if self.nnodes > 1:
-                raise OptionError("--keep and --nnodes do not go together: ranks are kept on one machine")
+            if self.by_hand:
+                raise OptionError(
+                    "--keep and --node-rank do not go together: ranks that are launched by hand on each machine do "
+                    "not stay. --hosts, or Slurm, keeps them on several"
+                )
 
 
 # What modules of nbddp's own call it.

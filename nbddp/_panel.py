@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import html
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from nbddp import _palette
-from nbddp._memory import Meter
+from nbddp._memory import Meter, of_ranks
 from nbddp._output import RankOutput
+from nbddp._placement import Nodes
 from nbddp._progress import Progress, parse
 from nbddp._rank_state import RankState, in_short, in_short_of_other
 from nbddp._ranks import Ranks
@@ -32,7 +33,7 @@ _EVERY, _EVERY_OF_FEW, _FEW = 0.5, 0.25, 8
 _ASK_EVERY = 1.0
 
 _ROWS = 64
-_COLUMNS = 5
+_COLUMNS = 6
 _LINE = 100  # characters of a rank's last line that are shown
 _BAR = 20  # cells of a bar drawn as text
 _FOLDS = 32_000  # characters of all folds of a finished run together
@@ -51,6 +52,7 @@ class Row:
         bars: Its progress bars.
         memory: Of its GPU, or of its process; empty if it is not known.
         line: The last that it has printed.
+        node: Its node, where there are several; rows of one stand together.
     """
 
     rank: int
@@ -59,6 +61,7 @@ class Row:
     bars: Sequence[Progress] = ()
     memory: str = ""
     line: str = ""
+    node: str = ""
 
 
 class Fold(NamedTuple):
@@ -93,17 +96,27 @@ class Panel:
         outputs: Their output.
         screen: Where to show it; None not to show any.
         meter: Reads their memory.
+        nodes: The nodes that they are on; None if they are on this machine.
 
     Attributes:
         due: When `tick` is to be called (``time.monotonic``); infinity if there is no need.
     """
 
     def __init__(
-        self, ranks: Ranks, count: int, outputs: Sequence[RankOutput], screen: Screen | None, meter: Meter
+        self,
+        ranks: Ranks,
+        count: int,
+        outputs: Sequence[RankOutput],
+        screen: Screen | None,
+        meter: Meter,
+        nodes: Nodes | None = None,
     ) -> None:
         self._ranks = ranks
         self._count = count
+        self._nodes = nodes
         self._named = "1 rank" if count == 1 else f"{count} ranks"
+        if nodes is not None and nodes.placement.nnodes > 1:
+            self._named += f" on {nodes.placement.named()}"
         self._outputs = outputs
         self._screen = screen
         self._meter = meter
@@ -161,7 +174,7 @@ class Panel:
             if state.in_cell and not state.ended and state.outcome is None and not state.asked:
                 state.asked = True
                 self._ranks.tell(state, "look")
-        self._memory = self._meter.read({rank: state.pid for rank, state in self._ranks.states.items()})
+        self._memory = of_ranks(self._meter, self._ranks.states)
 
     def finish(self, cause: str) -> None:
         """Put the summary in the panel's place, if there is one; `cause` is that of the run's ending."""
@@ -214,7 +227,8 @@ class Panel:
 
     def _heading(self) -> str:
         first = f", the first {_ROWS} are shown" if self._count > _ROWS else ""
-        return f"nbddp: {self._named}{first}, {_duration(time.monotonic() - self._began)}"
+        stage = f"; {self._nodes.stage}" if self._nodes is not None and not self._ranks.states else ""
+        return f"nbddp: {self._named}{first}, {_duration(time.monotonic() - self._began)}{stage}"
 
     def _row(self, rank: int) -> Row:
         state = self._ranks.states.get(rank)
@@ -228,7 +242,9 @@ class Panel:
         where = state.where if state is not None and name == "running" else {}
         if where.get("waits"):
             name = f"waiting in {where['waits']}"
-        return Row(rank + self._ranks.first, name, where.get("line"), bars, self._memory.get(rank, ""), line)
+        number = rank + self._ranks.first
+        node = self._nodes.name_of(rank) if self._nodes is not None else ""
+        return Row(number, name, where.get("line"), bars, self._memory.get(rank, ""), line, node)
 
 
 def _state_of(state: RankState | None) -> str:
@@ -248,19 +264,28 @@ def as_text(heading: str, rows: Sequence[Row]) -> str:
     """Return the panel as plain text."""
     table = [
         (
+            node,
             f"rank {row.rank}",
             _with_line(row),
             "  ".join(filter(None, (_bar_as_text(bar) for bar in row.bars))),
             row.memory,
             row.line,
         )
-        for row in rows
+        for node, row in _grouped(rows)
     ]
     widths = [max(len(entry[i]) for entry in table) for i in range(_COLUMNS)]
     lines = [
         "  ".join(f"{text:<{width}}" for text, width in zip(entry, widths, strict=True) if width) for entry in table
     ]
     return "\n".join([heading, *(line.rstrip() for line in lines)])
+
+
+def _grouped(rows: Sequence[Row]) -> Iterator[tuple[str, Row]]:
+    """Yield each row with its node's name, where that differs from the row's before."""
+    last = ""
+    for row in rows:
+        yield (row.node if row.node != last else ""), row
+        last = row.node
 
 
 def _with_line(row: Row) -> str:
@@ -289,8 +314,8 @@ _MARK = {"failed": "font-weight:bold;color:#d7005f", "done": _FADED, "stopped": 
 
 def as_html(heading: str, rows: Sequence[Row]) -> str:
     """Return the panel as HTML."""
-    cells = [_cells(row) for row in rows]
-    columns = [i for i in range(_COLUMNS) if i in (0, 1, _COLUMNS - 1) or any(row[i] for row in cells)]
+    cells = [_cells(node, row) for node, row in _grouped(rows)]
+    columns = [i for i in range(_COLUMNS) if i in (1, 2, _COLUMNS - 1) or any(row[i] for row in cells)]
     body = "".join(
         "<tr style='background:none'>"
         + "".join(f"<td style='{_LAST_CELL if i == _COLUMNS - 1 else _CELL}'>{row[i]}</td>" for i in columns)
@@ -303,11 +328,11 @@ def as_html(heading: str, rows: Sequence[Row]) -> str:
     )
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(node: str, row: Row) -> tuple[str, ...]:
     label = f"<span style='color:{_palette.html_colour(row.rank)};font-weight:bold'>rank {row.rank}</span>"
     state = f"<span style='{_MARK.get(row.state, '')}'>{html.escape(_with_line(row))}</span>"
     bars = "<br>".join(map(_bar_as_html, row.bars))
-    return label, state, bars, html.escape(row.memory), html.escape(row.line)
+    return html.escape(node), label, state, bars, html.escape(row.memory), html.escape(row.line)
 
 
 def _bar_as_html(bar: Progress) -> str:

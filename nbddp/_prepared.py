@@ -7,12 +7,13 @@ import functools
 import os
 import secrets
 import shutil
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from nbddp import _client, _closure, _devices, _kept, _limits, _process, _results, _settings, _wire
+from nbddp import _client, _closure, _devices, _kept, _limits, _nodes, _process, _results, _settings, _wire
 from nbddp._agent import Launch
 from nbddp._errors import RunLostError
 from nbddp._memory import Meter
@@ -113,6 +114,7 @@ class Prepared:
     run_dir: RunDir = field(init=False)
     launch: Launch = field(init=False)
     logs: str = field(init=False, default="")
+    _closure_path: str | None = field(init=False, default=None)
 
     @property
     def _starts_ranks(self) -> bool:
@@ -150,7 +152,7 @@ class Prepared:
         """
         kept = self.kept
         if kept is None:
-            _write(script, self.run_dir)
+            self._closure_path = self._write(script)
             return
         new = kept.run_dir is None
         if new:
@@ -158,7 +160,21 @@ class Prepared:
         if not self.job.last:
             kept.prepare(script.cell, self._arguments(script), script.closure, self.job.options.on, self.job.push)
         if new:
-            _write(script.without_cell(_closure.capture({}, {}, {})), self.run_dir)
+            self._closure_path = self._write(script.without_cell(_closure.capture({}, {}, {})))
+
+    def _write(self, script: Script) -> str | None:
+        """Write the script and its closure into the run directory; return the closure's path, if it has a file."""
+        path = None
+        size = script.closure.nbytes
+        try:
+            if not script.embeds_closure():
+                path = self.run_dir.store("closure", size, script.closure.write)
+            # On nodes it lies beside the script, wherever it lies here.
+            script.write(self.run_dir.script, path if self.devices.placement is None else path and "closure")
+        except OSError as error:
+            what = f"write the script and {format_size(size)} of what the cell uses"
+            raise cannot_write(what, self.run_dir.script, error) from error
+        return path
 
     def discard(self) -> None:
         """Delete its files, if it is not to be run."""
@@ -227,7 +243,8 @@ class Prepared:
         secret = self.launch.env[_settings.MARK]
         launch = replace(self.launch, start_method=start_method)
         _limits.check_files(self.devices.ranks)
-        _limits.check_processes(self.devices.ranks)
+        if self.devices.placement is None:
+            _limits.check_processes(self.devices.ranks)
         with contextlib.ExitStack() as stack:
             try:
                 server = stack.enter_context(contextlib.ExitStack())
@@ -235,13 +252,21 @@ class Prepared:
                 relay = self._relay(secret, stack)
             except OSError as error:
                 raise cannot_write("prepare a run", self.run_dir.socket, error) from error
-            world = World(launch, listening, self.client.open_channel(launch.env), self.client.wake)
+            world = self._world(launch, listening)
             server.pop_all()
             if kept is None:
                 stack.callback(world.close)
             else:
                 kept.open(world)
             return self._follow(world, relay, gate)
+
+    def _world(self, launch: Launch, server: socket.socket) -> World:
+        """Return the processes, which this machine's launcher is to start, or a gateway on nodes."""
+        if self.devices.placement is None:
+            return World(launch, server, self.client.open_channel(launch.env), self.client.wake)
+        gateway = _nodes.Gateway(self.client.session, _client.search_path())
+        asked = _nodes.request(launch, self.run_dir, self._closure_path)
+        return World(launch, server, gateway.channel, gateway.wake, asked, gateway.reap)
 
     def _relay(self, secret: str, stack: contextlib.ExitStack) -> Relay:
         """Return what shows the ranks' output; the stack closes it and puts the logs away."""
@@ -253,7 +278,9 @@ class Prepared:
             stack.callback(shutil.rmtree, logs, ignore_errors=True)
         else:
             stack.callback(session.keep_logs, logs)
-        relay = Relay(self.devices.ranks, logs, secret, self.screen, self.job.view, self.say.text)
+        placement = self.devices.placement
+        per_node = placement.ranks_per_node if placement is not None and placement.nnodes > 1 else None
+        relay = Relay(self.devices.ranks, logs, secret, self.screen, self.job.view, self.say.text, per_node)
         stack.callback(relay.close)
         return relay
 
@@ -279,7 +306,12 @@ class Prepared:
             plain=self.job.view.plain,
             timeout=self.job.options.timeout,
             grace=self.job.grace,
-            wait_until_gone=self.devices.gpus or self.job.last or world.launch.nnodes > 1,
+            wait_until_gone=(
+                self.devices.gpus
+                or self.job.last
+                or world.launch.nnodes > 1
+                or self.devices.placement is not None  # and their allocation is given back
+            ),
         )
         oom_kills = _process.oom_kills()
         under_way = UnderWay(run, self.run_dir, self._sources(), self.job.background)
@@ -300,7 +332,7 @@ class Prepared:
             failure = self._error(ending, run, gate, _process.oom_kills() - oom_kills, said)
         if kept is not None and (line := kept.settle(ending, self.names, self.met, gate)) is not None:
             self.say(line)
-        if world.launcher_died:
+        if world.launcher_died and self.devices.placement is None:
             self.client.give_up_launcher()
             if not world.started and ending.cause != "interrupted":
                 raise _LauncherDied
@@ -312,7 +344,9 @@ class Prepared:
         return Sources(self.job.cell, self.run_dir.script, self.job.source_of)
 
     def _what_to_launch(self) -> Launch:
+        placement = self.devices.placement
         env = _devices.environment(os.environ, self.job.options, self.devices)
+        machines = 1 if placement is not None else self.job.options.nnodes
         env |= {
             _settings.SESSION: self.client.session.name,
             _settings.RUN_DIR: self.run_dir.root,
@@ -328,10 +362,11 @@ class Prepared:
             cwd=_client.working_directory() or None,
             umask=umask,
             path=_client.search_path(),
-            start_method=self.client.start_method(env, self.job.options.nnodes),
-            nnodes=self.job.options.nnodes,
+            start_method=self.client.start_method({**os.environ, **env}, machines),
+            nnodes=machines,
             node_rank=self.job.options.node_rank or 0,
             rdzv_endpoint=self.job.options.rdzv_endpoint,
+            placement=None if placement is None else asdict(placement),
         )
 
     def _error(
@@ -354,16 +389,3 @@ class Prepared:
             holders=self.kept.holders() if self.kept is not None else {},
         )
         return error_of(ending, circumstances)
-
-
-def _write(script: Script, run_dir: RunDir) -> None:
-    """Write the script and its closure into the run directory."""
-    path = None
-    size = script.closure.nbytes
-    try:
-        if not script.embeds_closure():
-            path = run_dir.store("closure", size, script.closure.write)
-        script.write(run_dir.script, path)
-    except OSError as error:
-        what = f"write the script and {format_size(size)} of what the cell uses"
-        raise cannot_write(what, run_dir.script, error) from error

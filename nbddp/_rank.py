@@ -144,7 +144,7 @@ def _enter(*, init: bool, backend: str | None, gpus: bool, **_: Any) -> str:
         _state.run_dir = RunDir.adopt(run_dir)
     if forked:
         assert _state.run_dir is not None
-        _repair.repair(_state.run_dir.workers_temp(int(os.environ["LOCAL_RANK"])))
+        _repair.repair(_state.run_dir.workers_temp(_settings.number(os.environ)))
     if _state.run_dir is not None:
         if not forked:
             _process.die_with_parent(os.getppid())
@@ -154,6 +154,8 @@ def _enter(*, init: bool, backend: str | None, gpus: bool, **_: Any) -> str:
         _state.notebook.listen()
     elif "RANK" not in os.environ:
         raise SystemExit(f"run this with torchrun: torchrun --nproc-per-node 2 {sys.argv[0]}")
+    if (here := os.environ.pop(_settings.GPUS, None)) is not None:
+        gpus = here == "1"
     _complete("connected")
     if "PYTHONBREAKPOINT" not in os.environ:
         sys.breakpointhook = _no_debugger
@@ -261,7 +263,7 @@ def _run_cell(
     error = shell.run(namespace, cell, filename=filename, number=number, header=header, cells=cells, colors=colors)
     _complete("cell")
     outcome = outcome_of(error, shell.traceback)
-    rank = int(os.environ["LOCAL_RANK"])
+    rank = _settings.number(os.environ)
     if outcome["outcome"] == "raised" and error is not None and _state.run_dir is not None:
         pickler = functools.partial(Pickler, namespace, _state.target.received)
         _state.write_exception = functools.partial(

@@ -43,6 +43,9 @@ class RankState:
         backend: The backend of its default process group; empty if it has none.
         local: Its number on this machine, by which all that is kept of it is found.
         world: How many ranks the run has, on all machines.
+        node: The number of its node, if an engine has placed it: it then is no process of this machine.
+        memory: What its node says of its memory.
+        oom_kills: How many processes its node's system had killed for want of memory when it died.
         regrouped: What has kept it out of the new process group, empty if nothing has; None if it has not said.
     """
 
@@ -71,6 +74,9 @@ class RankState:
     regrouped: str | None = None
     local: int = 0
     world: int = 1
+    node: int | None = None
+    memory: str = ""
+    oom_kills: int = 0
 
     def renew(self, *, spared: bool) -> None:
         """Forget the last cell; a rank that is spared the next has ended it already."""

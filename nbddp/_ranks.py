@@ -222,7 +222,9 @@ class Ranks:
         output = inbox.fds.pop(0)
         pidfd = inbox.fds.pop(0) if inbox.fds else None
         os.set_blocking(output, False)
-        state = RankState(rank, message["pid"], inbox, output, pidfd, local=local, world=message["world"])
+        state = RankState(
+            rank, message["pid"], inbox, output, pidfd, local=local, world=message["world"], node=message.get("node")
+        )
         self.states[local] = state
         self._relay.number_from(rank - local, message["world"])
         self._loop.watch(inbox.sock, partial(self._hear, state))
@@ -269,6 +271,12 @@ class Ranks:
                     # As at the end: all that the cell has printed is in the pipe.
                     self._drain(state)
                     state.ended, state.idle, state.ended_at = True, True, time.monotonic()
+                case "memory":
+                    state.memory = message["text"]
+                case "died":
+                    # Of a rank on another machine, which its node has seen.
+                    state.exitcode, state.oom_kills = message["exitcode"], message["oom_kills"]
+                    self._see_death(state)
                 case "regrouped":
                     state.regrouped = message["problem"]
                 case "end":
@@ -333,7 +341,8 @@ class Ranks:
             state.died = state.ended_at = time.monotonic()
             state.ended = True
             # torchrun will say so, too, but later, and not of ranks that it starts again.
-            state.exitcode = _process.exit_status(state.pid)
+            if state.node is None:
+                state.exitcode = _process.exit_status(state.pid)
         self._ignore_output(state)
         self._loop.unwatch(state.inbox.sock)
 

@@ -90,13 +90,21 @@ class Relay:
         screen: Where output goes.
         view: How much of it, and how.
         said: What nbddp itself has shown in this cell so far.
+        per_node: How many ranks each node has, where labels are to say it; None where there is one machine.
 
     Attributes:
         outputs: The ranks' output, by rank.
     """
 
     def __init__(
-        self, ranks: int, logs: str, secret: str, screen: Screen, view: View | None = None, said: str = ""
+        self,
+        ranks: int,
+        logs: str,
+        secret: str,
+        screen: Screen,
+        view: View | None = None,
+        said: str = "",
+        per_node: int | None = None,
     ) -> None:
         self._view = view = view or View()
         self._count = ranks
@@ -115,7 +123,8 @@ class Relay:
             key: _Budget((view.text_limit - tail) // shares, view.display_limit // shares, max(1, _DISPLAYS // shares))
             for key in whose
         }
-        self._label_size = len(f"[rank {ranks - 1}] ")
+        self._per_node = per_node
+        self._label_size = len(f"[{self._name(ranks - 1)}] ")
         self._pacer = Pacer(screen, in_place=not self._plain)
         if said:
             self._pacer.add_shown(Shown(_NBDDP, said))
@@ -364,9 +373,13 @@ class Relay:
     def _label(self, rank: int, *, stderr: bool) -> str:
         left, right = "()" if stderr else "[]"
         number = rank + self._offset
-        label = f"{left}rank {number:>{self._width}}{right}"
+        label = f"{left}{self._name(number)}{right}"
         coloured = self._coloured and self._pacer.chars < _COLOURED
         return _palette.coloured(label, number) if coloured else label
+
+    def _name(self, number: int) -> str:
+        node = f"node{number // self._per_node} " if self._per_node is not None else ""
+        return f"{node}rank {number:>{self._width}}"
 
     def _labelled(self, rank: int, text: Text) -> str:
         if not self._several:

@@ -1,4 +1,4 @@
-"""torchrun's rendezvous for one machine, as ``--rdzv-backend nbddp``.
+"""torchrun's rendezvous, as ``--rdzv-backend nbddp``: for one machine, and for nodes whose store nbddp serves.
 
 torchrun loads this module, on every start and for everybody, through the entry-point group ``torchrun.handlers``, so
 its own imports are light and torch's are made when a handler is asked for.
@@ -8,16 +8,22 @@ may be somebody else's when it is opened again. And ``--standalone`` listens on 
 the agents' state is pickled: who can reach the port can run code. This one holds a port of the loopback interface
 itself. In a run of nbddp no store is behind it at first: its process group meets in a file of the run directory, which
 no other user can open. One is served as soon as somebody connects: a cell that asks for ``env://``, or its programs.
+
+On several nodes the store is served from the beginning, by a process of the first node's launcher, at the one address by
+which the others reach it; agents and ranks are its clients. Which node is which is told, not negotiated.
 """
 
 from __future__ import annotations
 
 import os
 import select
+import signal
 import socket
 from collections.abc import Callable
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from nbddp import _process
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
@@ -38,17 +44,33 @@ def hold_port() -> socket.socket:
     return socket.create_server((LOOPBACK, 0), backlog=socket.SOMAXCONN)
 
 
+def serve_until_killed(fd: int, parent: int) -> NoReturn:
+    """Serve a store on a listening socket, in a process that was just forked for that. Does not return."""
+    try:
+        os.setsid()
+        _process.die_with_parent(parent)
+        store = serve_store(socket.socket(fileno=fd))
+        while store is not None:
+            signal.pause()
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
 def serve_store(holder: socket.socket, timeout: timedelta = _TIMEOUT) -> Any:
-    """Return a ``torch.distributed.TCPStore`` that serves on the port that `holder` holds, and takes it over."""
+    """Return a ``torch.distributed.TCPStore`` that serves where `holder` listens, and takes it over."""
     from torch.distributed import TCPStore
 
-    port = holder.getsockname()[1]
+    host, port = holder.getsockname()[:2]
     # The store owns the descriptor from here on.
     fd = holder.detach()
 
     def store(**options: Any) -> Any:
         return TCPStore(
-            LOOPBACK, port, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=fd, **options
+            host, port, is_master=True, timeout=timeout, wait_for_workers=False, master_listen_fd=fd, **options
         )
 
     try:
@@ -59,14 +81,14 @@ def serve_store(holder: socket.socket, timeout: timedelta = _TIMEOUT) -> Any:
 
 
 def _create_handler(params: RendezvousParameters) -> RendezvousHandler:
-    from torch.distributed import HashStore
+    from torch.distributed import HashStore, PrefixStore, TCPStore
     from torch.distributed.elastic.rendezvous import (
         RendezvousHandler,
         RendezvousInfo,
         RendezvousStoreInfo,
     )
 
-    from nbddp import _settings
+    from nbddp import _machines, _settings
 
     in_run = _settings.RUN_DIR in os.environ
 
@@ -116,6 +138,43 @@ def _create_handler(params: RendezvousParameters) -> RendezvousHandler:
             # Called twice by torch 2.6 and 2.7. The store goes with the agent's process.
             return True
 
-    if params.max_nodes != 1:
-        raise ValueError(f"--rdzv-backend {BACKEND} is for one node, not for --nnodes {params.max_nodes}")
-    return LoopbackRendezvous()
+    class NodesRendezvous(RendezvousHandler):
+        """Several agents, each of which knows its number, and where the store is that is served for them."""
+
+        def __init__(self, number: int) -> None:
+            self._number = number
+
+        def get_backend(self) -> str:
+            return BACKEND
+
+        @property
+        def use_agent_store(self) -> bool:
+            return True
+
+        def next_rendezvous(self) -> RendezvousInfo:
+            host, port = _machines.parse_endpoint(params.endpoint)
+            store = TCPStore(host, port, is_master=False, timeout=_TIMEOUT, wait_for_workers=False)
+            return RendezvousInfo(
+                PrefixStore("agents", store), self._number, params.max_nodes, RendezvousStoreInfo(host, port)
+            )
+
+        def is_closed(self) -> bool:
+            return False
+
+        def set_closed(self) -> None:
+            pass
+
+        def num_nodes_waiting(self) -> int:
+            return 0
+
+        def get_run_id(self) -> str:
+            return params.run_id
+
+        def shutdown(self) -> bool:
+            return True
+
+    if params.max_nodes == 1:
+        return LoopbackRendezvous()
+    if (number := params.get_as_int("rank")) is None:
+        raise ValueError(f"--rdzv-backend {BACKEND} for --nnodes {params.max_nodes} takes --rdzv-conf rank=K")
+    return NodesRendezvous(number)

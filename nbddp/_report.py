@@ -64,14 +64,22 @@ def error_of(ending: Ending, run: Circumstances) -> BaseException:
                 lines.append("nbddp: not every rank ended by itself; those that did not were killed")
             return interrupted(lines)
         return RunTimeout(f"the run was stopped after --timeout {run.timeout:g} seconds", where=tuple(lines))
+    nodes = ending.nodes
+    if nodes is not None and nodes.lost is not None and not _has_said_why(ending.first):
+        return RunLostError(nodes.lost)
     if ending.refusal is not None:
         return LaunchError(f"no rank could be started: {ending.refusal}")
+    if run.launcher is not None and nodes is not None:
+        return RunLostError("nbddp's gateway to the nodes ended, and the run with it", notes=(run.launcher,))
     if run.launcher is not None:
         return RunLostError("nbddp's launcher ended, and the run with it", notes=(run.launcher,))
     first = ending.first if ending.cause != "no ranks" else None
     # Some ranks may be there already when there is no room for the next.
     if first is None or (first.outcome is None and not first.in_cell):
-        words, what = _last_words(run.run_dir), "torchrun could not start the ranks"
+        words, what = (
+            (nodes is not None and tuple(nodes.agent_words)) or _last_words(run.run_dir),
+            "torchrun could not start the ranks",
+        )
         if (explained := _limits.explanation(what, "\n".join(words))) is not None:
             return LaunchError(explained)
         if first is None and run.launch.nnodes > 1:
@@ -82,6 +90,11 @@ def error_of(ending: Ending, run: Circumstances) -> BaseException:
     if ending.agent_status is not None and ending.agent_status < 0 and said_nothing:
         return RunLostError(f"torchrun's agent {how_it_died(ending.agent_status)}, and the ranks with it")
     return _rank_error(ending, _best_told(ending, first), run)
+
+
+def _has_said_why(first: RankState | None) -> bool:
+    """Tell whether a rank has failed by itself, before or beside what has ended the run."""
+    return first is not None and (first.outcome or first.failing) is not None and not first.is_consequence
 
 
 def _best_told(ending: Ending, first: RankState) -> RankState:
@@ -103,6 +116,8 @@ def _best_told(ending: Ending, first: RankState) -> RankState:
 
 def _hindrances(run: Circumstances) -> list[str]:
     """Return what there is on this machine that keeps ranks from starting; a line each, as ``%ddp doctor`` has it."""
+    if run.launch.placement is not None:
+        return []
     return [finding.line() for finding in _doctor.quick(run.launch.env, run.launch.ranks)]
 
 
@@ -160,6 +175,8 @@ def _rank_error(ending: Ending, first: RankState, run: Circumstances) -> RankErr
 
 def _story(ending: Ending, first: RankState, run: Circumstances) -> _Story:
     name = f"rank {first.rank} of {first.world}" if first.world > 1 else f"rank {first.rank}"
+    if ending.nodes is not None and first.node is not None:
+        name += f" on {ending.nodes.called(first.node)}"
     outcome = first.outcome or {}
     match outcome.get("outcome"):
         case "raised":
@@ -179,7 +196,7 @@ def _story(ending: Ending, first: RankState, run: Circumstances) -> _Story:
     said = run.said.get(first.local, "")
     if explained := _limits.explanation_of_death(run.launch.ranks, said) or _advice.on_exception("", said):
         story.notes.append(explained)
-    if first.exitcode == -9 and run.oom_kills:
+    if first.exitcode == -9 and (run.oom_kills if first.node is None else first.oom_kills):
         story.notes.append(
             "The system killed a process for want of memory during this run. Less data per rank, a smaller batch or "
             "fewer ranks would need less"

@@ -17,6 +17,7 @@ from nbddp import _machines
 from nbddp._agent import Launch
 from nbddp._memory import Meter
 from nbddp._panel import Panel
+from nbddp._placement import Nodes
 from nbddp._rank_state import RankState, in_short, rank_list
 from nbddp._relay import Relay
 from nbddp._screen import Screen
@@ -50,6 +51,7 @@ class Ending:
         stayed: Whether the ranks wait for the next cell.
         agent_status: The agent's exit status, if it ended without a word.
         refusal: Why the launcher started nothing, if it said so.
+        nodes: The nodes that the ranks were on; None if they were on this machine.
         times: When each stage was complete, on the rank that took longest for it (``time.monotonic``).
     """
 
@@ -61,6 +63,7 @@ class Ending:
     stayed: bool = False
     agent_status: int | None = None
     refusal: str | None = None
+    nodes: Nodes | None = None
     times: dict[str, float] = field(default_factory=dict)
 
 
@@ -108,7 +111,9 @@ class Run:
         self._ranks = world.ranks
         self._launch = world.launch
         self._ranks.attach(relay, arrived=self._arrived, began=self._began)
-        self.panel = Panel(self._ranks, self._launch.ranks, relay.outputs, screen, meter)
+        if world.nodes is not None:
+            world.nodes.note = relay.say
+        self.panel = Panel(self._ranks, self._launch.ranks, relay.outputs, screen, meter, world.nodes)
         # Without the others of several machines it goes nowhere.
         quiet = plain and world.launch.nnodes == 1
         self._slow_start_at = float("inf") if quiet else time.monotonic() + _SLOW_START_SECONDS
@@ -254,6 +259,9 @@ class Run:
         ]
         if missing and self._ladder is None and self._launch.nnodes > 1 and not self._ranks.states:
             self._relay.say(f"nbddp: {_machines.waiting(self._launch)}")
+        elif missing and self._ladder is None and self.world.nodes is not None:
+            stage = self.world.nodes.stage
+            self._relay.say(f"nbddp: no rank has begun the cell after {_SLOW_START_SECONDS:g} s: {stage}")
         elif missing and self._ladder is None:
             have = "has" if len(missing) == 1 else "have"
             self._relay.say(
@@ -366,6 +374,7 @@ class Run:
             stayed,
             self.world.agent_status,
             self.world.refusal,
+            self.world.nodes,
             self._ranks.times,
         )
 

@@ -13,6 +13,10 @@ SESSION = "NBDDP_SESSION"
 RUN_DIR = "NBDDP_RUN_DIR"
 # In the ranks: the secret by which the relay knows nbddp's own marks in a rank's output.
 MARK = "NBDDP_MARK"
+# In the ranks of several nodes: all that is kept of a rank is called by its number through all nodes, not by that on its
+# own; and "1" or "0": whether it has a GPU, which is known only there.
+BY_RANK = "NBDDP_BY_RANK"
+GPUS = "NBDDP_GPUS"
 
 # Read by nbddp.
 
@@ -52,6 +56,11 @@ def rank_of(env: Mapping[str, str]) -> str | None:
     """Return the number of the rank that a process with this environment is, or descends from; None if it is none."""
     in_run = SESSION in env or "TORCHELASTIC_RUN_ID" in env
     return env.get("RANK", "?") if in_run else None
+
+
+def number(env: Mapping[str, str]) -> int:
+    """Return the number by which the files of the rank that has this environment are called."""
+    return int(env["RANK" if BY_RANK in env else "LOCAL_RANK"])
 
 
 def plain(env: Mapping[str, str]) -> bool:

@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from nbddp import _process, _wire
+from nbddp import _process, _settings, _wire
 from nbddp._paths import RunDir
 
 # The signal on which a rank writes its Python stack to a file, also while it hangs inside a collective. A real-time
@@ -64,7 +64,8 @@ class Uplink:
         sys.stdout = sys.__stdout__ = _text_stream(raw)  # type: ignore[misc]
         sys.stderr = sys.__stderr__ = _text_stream(_MarkedStderr(secret))  # type: ignore[misc]
         _redirect_loggers(before, sys.stderr)
-        rank, local, world = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        rank, world = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE"))
+        local = _settings.number(os.environ)
         self._stacks = open(run.stacks(local), "wb")  # noqa: SIM115  # faulthandler keeps its descriptor
         faulthandler.enable(self._stacks, all_threads=False)
         faulthandler.register(STACK_SIGNAL, self._stacks, all_threads=False)

@@ -11,13 +11,15 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from nbddp import _machines, _process, _wire
 from nbddp._agent import Launch
 from nbddp._loop import Loop
 from nbddp._paths import RunDir
+from nbddp._placement import Nodes, Placement
 from nbddp._rank_state import RankState
 from nbddp._ranks import Ranks
 from nbddp._uplink import STACK_SIGNAL
@@ -38,6 +40,8 @@ class World:
         server: The socket, at `RunDir.socket`, on which the run's processes report. Closed with this.
         channel: A channel to the launcher. Closed with this; without a word before it, that ends the processes.
         wake: Called when the launcher is needed; somebody may have stopped it.
+        request: What else the launcher, or the gateway in its place, is to be told with the launch.
+        closed: Called when all is closed.
 
     Attributes:
         loop: Where all that concerns them is waited for.
@@ -46,10 +50,21 @@ class World:
         launcher_died: Whether it is gone.
         agent_status: The agent's exit status, if it ended without a word.
         refusal: Why the launcher started nothing, if it said so.
+        nodes: What is known of the nodes that the ranks are on; None if they are on this machine.
     """
 
-    def __init__(self, launch: Launch, server: socket.socket, channel: _wire.Inbox, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        launch: Launch,
+        server: socket.socket,
+        channel: _wire.Inbox,
+        wake: Callable[[], None],
+        request: Mapping[str, Any] = MappingProxyType({}),
+        closed: Callable[[], None] = lambda: None,
+    ) -> None:
         self.launch = launch
+        self._request = request
+        self._when_closed = closed
         self._server = server
         self._channel = channel
         self._wake = wake
@@ -69,6 +84,7 @@ class World:
         self.launcher_died = False
         self.agent_status: int | None = None
         self.refusal: str | None = None
+        self.nodes = Nodes(Placement(**launch.placement)) if launch.placement is not None else None
 
     @property
     def started(self) -> bool:
@@ -89,7 +105,7 @@ class World:
         """Have the launcher start the processes."""
         self.ranks.times["asked"] = time.monotonic()
         with contextlib.suppress(OSError):  # it has died just now; that will be heard
-            self._send("launch", **vars(self.launch))
+            self._send("launch", **vars(self.launch), **self._request)
 
     def close(self) -> None:
         """Close the connections; what still runs is the launcher's to end. Safe to call twice."""
@@ -101,6 +117,7 @@ class World:
             self.loop.close()
             self._channel.close()
             self._server.close()
+            self._when_closed()
 
     # What ranks are told.
 
@@ -111,18 +128,27 @@ class World:
             if self._closed or self.ranks.states.get(state.local) is not state:
                 return  # asked from another thread: its descriptor is closed, or another file's
             state.stack_at = os.stat(path).st_size if os.path.exists(path) else 0
-            _process.signal_main_thread(state.pid, state.pidfd, STACK_SIGNAL)
+            if state.node is not None:
+                self.ranks.tell(state, "stack")
+            else:
+                _process.signal_main_thread(state.pid, state.pidfd, STACK_SIGNAL)
 
     def interrupt(self, state: RankState) -> None:
         """Have Python raise KeyboardInterrupt in a rank."""
         state.interrupted = True
         self.ranks.tell(state, "interrupted")
-        _process.signal_main_thread(state.pid, state.pidfd, signal.SIGINT)
+        if state.node is not None:
+            self.ranks.tell(state, "signal", signum=int(signal.SIGINT), main=True)
+        else:
+            _process.signal_main_thread(state.pid, state.pidfd, signal.SIGINT)
 
     def signal(self, state: RankState, signum: int) -> None:
         """Send a rank a signal that ends it."""
         state.stopped = True
-        _process.send_signal(state.pid, state.pidfd, signum)
+        if state.node is not None:
+            self.ranks.tell(state, "signal", signum=int(signum), main=False)
+        else:
+            _process.send_signal(state.pid, state.pidfd, signum)
 
     # The launcher.
 
@@ -144,8 +170,11 @@ class World:
                     if not (self.ranks.agent_ended or self._kill_sent):
                         self.agent_status = message["status"]
                 case "refused":
-                    self.launcher_ended = True
                     self.refusal = message["reason"]
+                    # A gateway goes on to end what there is.
+                    self.launcher_ended = self.nodes is None
+                case _ if self.nodes is not None:
+                    self.nodes.hear(message)
         if self._channel.closed and not self.launcher_ended:
             # Killed: the kernel takes its place.
             self.launcher_ended = self.launcher_died = True

@@ -1,0 +1,202 @@
+"""Engines: what reaches the nodes of a run. Slurm, ssh, and nodes that are only processes of this machine.
+
+An engine is a way to have one command run on each node, with its stdin and stdout at this end. All else, what goes to and
+fro, the ranks, their ends, is the same for all: `nbddp._gateway` at this end, `nbddp._node` at the other. So what a new
+one has to say is short (``docs/engines.md`` has an example, ``tests/test_engines.py`` what each must pass):
+
+- `Engine.refusal`: whether what is asked for can be had at all, before anything waits for it;
+- `Engine.links`: the client commands that run the node's command, and which nodes each of them reaches;
+- `Engine.hear`: what a line that such a client says means: a state to be shown, or just words;
+- `Engine.explain`: why a client has ended, in a sentence with the node's name and the next step;
+- `Engine.cancel`: commands that end what may be left there, whatever became of the client;
+- `Engine.here`, on the node: which one this is, and its address for the others.
+"""
+
+from __future__ import annotations
+
+import abc
+import importlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from nbddp._frames import SHORT_LINE
+from nbddp._placement import Placement
+
+# The module of each; `nbddp._options.ENGINES` has their names.
+_MODULES = {"slurm": "nbddp._slurm", "ssh": "nbddp._ssh", "local": "nbddp._engines"}
+
+# Bytes of a line where each node has a stream of its own.
+LONG_LINE = 1 << 16
+
+# Seconds that a question to an engine may take.
+_ASK_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class Link:
+    """A client that reaches nodes.
+
+    Attributes:
+        argv: Its command.
+        nodes: The numbers of the nodes that get its stdin, and whose stdout is its own.
+        env: Its environment; None for the notebook's.
+    """
+
+    argv: Sequence[str]
+    nodes: Sequence[int]
+    env: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Here:
+    """What an engine knows on a node.
+
+    Attributes:
+        number: The node's number, from 0.
+        address: The address at which the other nodes reach it, if it is the first; None if there is only one.
+        last: A command that ends this node's part of the job where nobody else can any more; empty if there is none.
+        job: What the engine calls the job; empty if it has no name for it.
+    """
+
+    number: int
+    address: str | None = None
+    last: Sequence[str] = ()
+    job: str = ""
+
+
+class Engine(abc.ABC):
+    """What reaches the nodes of one run.
+
+    Args:
+        placement: The nodes.
+
+    Attributes:
+        line_limit: Bytes of a line that arrives whole.
+        title: What messages call it.
+        job: What the engine calls the job, once a node has said so; else empty.
+    """
+
+    line_limit: ClassVar[int] = SHORT_LINE
+    title: ClassVar[str] = ""
+
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
+        self.job = ""
+
+    def refusal(self) -> str | None:
+        """Return why the nodes cannot be had, and what to do; None if nothing speaks against it."""
+        return None
+
+    @abc.abstractmethod
+    def links(self, command: Sequence[str]) -> Sequence[Link]:
+        """Return the clients that run a command on each node; its last argument is to be added.
+
+        Args:
+            command: The node's command; what `here` is to be told there comes behind it.
+        """
+
+    def hear(self, words: str) -> str | None:
+        """Return what state a line that a client says tells of; None if it is only to be kept."""
+        return None
+
+    @abc.abstractmethod
+    def explain(self, link: Link, status: int, words: Sequence[str]) -> str:
+        """Return why a client has ended before its nodes have, in a sentence.
+
+        Args:
+            link: The client.
+            status: Its exit status; minus a signal.
+            words: What it said last.
+        """
+
+    def cancel(self) -> Sequence[Sequence[str]]:
+        """Return commands that end what may be left of the run on its nodes."""
+        return ()
+
+    @staticmethod
+    @abc.abstractmethod
+    def here(argument: str, env: Mapping[str, str]) -> Here:
+        """Return what there is to know on the node.
+
+        Args:
+            argument: What `links` has put behind the command.
+            env: The node's environment.
+        """
+
+    def name(self, node: int) -> str:
+        """Return what users call a node."""
+        return f"node{node}"
+
+
+class Local(Engine):
+    """Nodes that are processes of this machine: a run on several nodes as it would be, without any of them."""
+
+    line_limit = LONG_LINE
+    title = "local"
+
+    def links(self, command: Sequence[str]) -> Sequence[Link]:
+        """Return one client for each node: its process itself."""
+        return [Link([*command, str(node)], [node]) for node in range(self.placement.nnodes)]
+
+    def explain(self, link: Link, status: int, words: Sequence[str]) -> str:
+        """Return how the process ended."""
+        return f"{self.name(link.nodes[0])} {how_it_ended(status)}{said(words)}"
+
+    @staticmethod
+    def here(argument: str, env: Mapping[str, str]) -> Here:
+        """Return the number that stands behind the command."""
+        return Here(int(argument), "127.0.0.1")
+
+
+def of(placement: Placement) -> Engine:
+    """Return the engine of a placement."""
+    return kind(placement.engine)(placement)
+
+
+def node_command(placement: Placement) -> list[str]:
+    """Return what runs on each node, but for what the engine adds."""
+    return [placement.python, "-P", "-m", "nbddp._node", placement.engine]
+
+
+def kind(name: str) -> type[Engine]:
+    """Return the class of an engine."""
+    module = sys.modules[__name__] if name == "local" else importlib.import_module(_MODULES[name])
+    found: type[Engine] = getattr(module, name.capitalize())
+    return found
+
+
+def how_it_ended(status: int) -> str:
+    """Return how a process ended, from its exit status (negative: minus a signal)."""
+    if status < 0:
+        try:
+            return f"was killed by signal {-status} ({signal.Signals(-status).name})"
+        except ValueError:
+            return f"was killed by signal {-status}"
+    return f"ended with status {status}"
+
+
+def said(words: Sequence[str]) -> str:
+    """Return the end of a sentence that quotes what was said last."""
+    return f". It said: {' | '.join(words[-3:])}" if words else ""
+
+
+def ask(argv: Sequence[str]) -> subprocess.CompletedProcess[str] | None:
+    """Run a short command of an engine's; None if there is none of that name, or it does not answer."""
+    try:
+        return subprocess.run(
+            argv,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_ASK_SECONDS,
+            check=False,
+            env={**os.environ, "LC_ALL": "C"},
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
