@@ -24,14 +24,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from nbddp._frames import SHORT_LINE
+from nbddp._frames import LONG_LINE
 from nbddp._placement import Placement
 
 # The module of each; `nbddp._options.ENGINES` has their names.
 _MODULES = {"slurm": "nbddp._slurm", "ssh": "nbddp._ssh", "local": "nbddp._engines"}
-
-# Bytes of a line where each node has a stream of its own.
-LONG_LINE = 1 << 16
 
 # Seconds that a question to an engine may take.
 _ASK_SECONDS = 10.0
@@ -61,12 +58,14 @@ class Here:
         address: The address at which the other nodes reach it, if it is the first; None if there is only one.
         last: A command that ends this node's part of the job where nobody else can any more; empty if there is none.
         job: What the engine calls the job; empty if it has no name for it.
+        line_limit: Bytes of a line that arrives whole.
     """
 
     number: int
     address: str | None = None
     last: Sequence[str] = ()
     job: str = ""
+    line_limit: int = LONG_LINE
 
 
 class Engine(abc.ABC):
@@ -76,12 +75,10 @@ class Engine(abc.ABC):
         placement: The nodes.
 
     Attributes:
-        line_limit: Bytes of a line that arrives whole.
         title: What messages call it.
         job: What the engine calls the job, once a node has said so; else empty.
     """
 
-    line_limit: ClassVar[int] = SHORT_LINE
     title: ClassVar[str] = ""
 
     def __init__(self, placement: Placement) -> None:
@@ -136,7 +133,6 @@ class Engine(abc.ABC):
 class Local(Engine):
     """Nodes that are processes of this machine: a run on several nodes as it would be, without any of them."""
 
-    line_limit = LONG_LINE
     title = "local"
 
     def links(self, command: Sequence[str]) -> Sequence[Link]:

@@ -41,8 +41,9 @@ LEASE_SECONDS = 15.0
 CHUNK = 1 << 16
 
 # Bytes of a line that ``srun`` passes on whole, its end included, whatever other nodes print at that moment: with 1100
-# two nodes' lines were torn into one another.
+# two nodes' lines were torn into one another. And of one where a node has a stream of its own.
 SHORT_LINE = 900
+LONG_LINE = 1 << 16
 
 _LENGTH = struct.Struct("!I")
 _NUMBER = struct.Struct("!I")

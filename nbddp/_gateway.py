@@ -48,11 +48,18 @@ _CANCEL_SECONDS = 3.0
 # Seconds that nodes have to end by themselves, once all ranks have reported. Longest is NCCL's clean-up.
 _FINISH_SECONDS = 10.0
 
+# Seconds that a client whose lines are torn has for its end.
+_TORN_SECONDS = 1.0
+
 # Seconds that a client, whose nodes have all said that they have ended, has for its own end.
 _CLIENT_SECONDS = 5.0
 
 # Seconds between two lines on how much has been sent.
 _PROGRESS_SECONDS = 0.5
+
+# Seconds that ranks' stacks are waited for before the ranks are interrupted, and between two looks.
+_STACK_SECONDS = 0.25
+_STACK_LOOK_SECONDS = 0.02
 
 # Bytes for one rank that the kernel has not taken yet, above which nothing is read from the nodes.
 _BACKLOG = 16 << 20
@@ -201,7 +208,9 @@ class Gateway:
         self._endpoint = ""
         self._started = False
         self._told_lost = False
-        self._speaking = asyncio.Event()
+        # Until when the stacks of ranks are waited for that were asked for theirs; and the signals that wait for them.
+        self._stacks_asked: dict[int, float] = {}
+        self._signals: deque[Message] = deque()
 
     # The kernel.
 
@@ -221,6 +230,13 @@ class Gateway:
                     self._begin_ending(self._finish())
                 case "kill":
                     self._begin_ending(self._kill())
+                case "stack":
+                    number = message["rank"]
+                    self._stacks_asked[number] = time.monotonic() + _STACK_SECONDS
+                    self._send(self.placement.node_of(number), "stack", rank=number)
+                case "signal":
+                    self._signals.append(message)
+                    self._pass_signals_on()
         if inbox.closed:
             self._kernel_is_gone()
 
@@ -235,10 +251,6 @@ class Gateway:
         """Pass on what the kernel says to a rank."""
         node = self.placement.node_of(number)
         match message["kind"]:
-            case "signal":
-                self._send(node, "signal", rank=number, signum=message["signum"], main=message["main"])
-            case "stack":
-                self._send(node, "stack", rank=number)
             case "cell":
                 # What it uses goes to each node once, and before the first rank is told.
                 path = message["closure"]
@@ -250,6 +262,19 @@ class Gateway:
                 task.add_done_callback(lambda _: self._send(node, "tell", rank=number, message=told))
             case _:
                 self._send(node, "tell", rank=number, message=message)
+
+    def _pass_signals_on(self) -> None:
+        """Send the signals that wait, once all stacks are there: what one rank does then changes where others are."""
+        now = time.monotonic()
+        self._stacks_asked = {rank: until for rank, until in self._stacks_asked.items() if until > now}
+        if self._stacks_asked and self._signals:
+            asyncio.get_running_loop().call_later(_STACK_LOOK_SECONDS, self._pass_signals_on)
+            return
+        while self._signals:
+            one = self._signals.popleft()
+            number = one["rank"]
+            node = self.placement.node_of(number)
+            self._send(node, "signal", rank=number, signum=one["signum"], main=one["main"])
 
     # The nodes.
 
@@ -353,7 +378,11 @@ class Gateway:
                     for number in client.link.nodes:
                         self._nodes[number].heard = time.monotonic()
         except (FrameError, KeyError) as error:
-            self._lose(f"what came through {self._engine.title} is not what was sent: {error}")
+            # A node that is killed in the middle of a line does that; then the engine has more to say.
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(client.process.wait(), _TORN_SECONDS)
+            if client.process.returncode is None:
+                self._lose(f"what came through {self._engine.title} is not what was sent: {error}")
         status = await client.process.wait()
         await asyncio.sleep(0.05)  # for the last words
         client.done = True
@@ -433,6 +462,9 @@ class Gateway:
                 self._connect_agent(message["time"] + node.offset)
             case "agent end":
                 self._failures += [(rank, code) for rank, code in message["failures"]]
+                for number, exitcode in message["failures"]:
+                    if (rank := self._ranks.get(number)) is not None:
+                        rank.say("exitcode", exitcode=exitcode)
                 self._agents_ended += 1
                 if self._agents_ended == self.placement.nnodes:
                     self._tell_agent("agent end", failures=self._failures)
@@ -448,6 +480,8 @@ class Gateway:
                 self._begin_file(node, message)
             case "stack":
                 self._append_stack(message["rank"], message["text"])
+                self._stacks_asked.pop(message["rank"], None)
+                self._pass_signals_on()
             case "memory":
                 for number, text in message["ranks"].items():
                     if (rank := self._ranks.get(int(number))) is not None:

@@ -550,5 +550,7 @@ def status(kept: Kept) -> list[str]:
     memory = of_ranks(Meter(gpus_of(kept.devices, kept.world.launch.env)), kept.states)
     for rank, state in kept.states.items():
         held = ", ".join(f"{name} ({kind})" for name, kind in sorted(state.held.items()) if kind != "module")
-        lines.append(f"  rank {rank}  pid {state.pid}  {memory.get(rank, '')}  {held or 'holds nothing'}")
+        nodes = kept.world.nodes
+        node = f"  {nodes.called(nodes.placement.node_of(rank))}" if nodes is not None else ""
+        lines.append(f"{node}  rank {rank}  pid {state.pid}  {memory.get(rank, '')}  {held or 'holds nothing'}")
     return lines

@@ -33,6 +33,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import select
 import selectors
 import signal
 import socket
@@ -66,11 +67,16 @@ from nbddp._uplink import STACK_SIGNAL
 # Seconds between two looks at the ranks' memory.
 _MEMORY_SECONDS = 2.0
 
-# Seconds in which a rank has written its stack.
-_STACK_SECONDS = 0.05
+# Seconds in which most ranks have written their stack, and how often is looked again.
+_STACK_SECONDS = 0.01
+_STACK_LOOKS = 200
 
 # Seconds that the launcher has for its end before the node goes without waiting.
 _END_SECONDS = 10.0
+
+# Seconds that the notebook has to end this node's stdin after its last word, and between two looks.
+_GOODBYE_SECONDS = 5.0
+_LOOK_SECONDS = 0.5
 
 # Bytes on their way to the notebook above which ranks are not read: their pipes fill, and they wait.
 _BACKLOG = 4 << 20
@@ -147,6 +153,7 @@ class _Rank:
         os.set_blocking(self.output, False)
         self.dead = False
         self.stacks_sent = 0
+        self.stack_asked = False
 
     def close(self) -> None:
         self.inbox.close()
@@ -162,13 +169,12 @@ class Node:
         here: What the engine knows.
         stdin: Where the notebook's messages come from.
         stdout: Where this node's lines go.
-        limit: Bytes that a line may have.
     """
 
-    def __init__(self, here: _engines.Here, stdin: int, stdout: int, limit: int) -> None:
+    def __init__(self, here: _engines.Here, stdin: int, stdout: int) -> None:
         self._here = here
         self._stdin = stdin
-        self._lines = LineWriter(here.number, limit)
+        self._lines = LineWriter(here.number, here.line_limit)
         self._writer = _Writer(stdout)
         self._decoder = Decoder()
         self._loop = Loop()
@@ -229,6 +235,12 @@ class Node:
                 self._drain(rank)
             self._client.close()
         self._send("ended")
+        # Slurm tears the last lines of a task that ends, and others' with them; so it stays until all has been read.
+        deadline = time.monotonic() + _GOODBYE_SECONDS
+        with contextlib.suppress(_Ended, OSError):
+            while time.monotonic() < deadline and not self._writer.broken:
+                if select.select([self._stdin], [], [], _LOOK_SECONDS)[0] and not os.read(self._stdin, _READ):
+                    break
         self._writer.close(_END_SECONDS if not self._writer.broken else 0.0)
 
     def _send(self, kind: str, **fields: Any) -> None:
@@ -307,8 +319,9 @@ class Node:
                     send(rank.pid, rank.pidfd, message["signum"])
             case "stack":
                 if (rank := self._alive(message["rank"])) is not None:
+                    rank.stack_asked = True
                     _process.signal_main_thread(rank.pid, rank.pidfd, STACK_SIGNAL)
-                    self._after(_STACK_SECONDS, functools.partial(self._send_stack, rank))
+                    self._after(_STACK_SECONDS, functools.partial(self._send_stack_soon, rank, _STACK_LOOKS))
             case "finish" | "kill":
                 self._finish(message)
 
@@ -526,6 +539,9 @@ class Node:
 
     def _pass_on(self, rank: _Rank, messages: list[Message]) -> None:
         for message in messages:
+            if message["kind"] in ("failing", "report", "idle", "end") and rank.stack_asked:
+                # With its last word the run may be over, and what it was asked before be looked at.
+                self._send_stack(rank)
             if message["kind"] in ("idle", "end"):
                 # All that the rank has printed is in its pipe.
                 self._drain(rank)
@@ -616,12 +632,21 @@ class Node:
             if source is not None:
                 self._loop.unwatch(source)
 
+    def _send_stack_soon(self, rank: _Rank, looks: int) -> None:
+        if rank.stack_asked and not rank.dead:
+            self._send_stack(rank)
+            if rank.stack_asked and looks:
+                self._after(_STACK_SECONDS, functools.partial(self._send_stack_soon, rank, looks - 1))
+
     def _send_stack(self, rank: _Rank) -> None:
         """Send what faulthandler has written since; paths as the notebook's machine would have them."""
         assert self._run_dir is not None
         with contextlib.suppress(OSError), open(self._run_dir.stacks(rank.number), "rb") as file:
             file.seek(rank.stacks_sent)
             text = file.read()
+            if not text:
+                return
+            rank.stack_asked = False
             rank.stacks_sent += len(text)
             own = os.path.dirname(os.path.abspath(__file__)).encode()
             text = text.replace(self._run_dir.root.encode(), self._setup["run_dir"].encode())
@@ -661,7 +686,7 @@ def main(arguments: list[str], env: Mapping[str, str] = os.environ) -> int:
     for signum in (signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     here = engine.here(arguments[1] if len(arguments) > 1 else "", env)
-    node = Node(here, stdin, stdout, engine.line_limit)
+    node = Node(here, stdin, stdout)
     why = ""
     try:
         why = node.run()

@@ -273,9 +273,12 @@ class Ranks:
                     state.ended, state.idle, state.ended_at = True, True, time.monotonic()
                 case "memory":
                     state.memory = message["text"]
+                case "exitcode":
+                    state.exitcode = message["exitcode"]
                 case "died":
                     # Of a rank on another machine, which its node has seen.
-                    state.exitcode, state.oom_kills = message["exitcode"], message["oom_kills"]
+                    state.oom_kills = message["oom_kills"]
+                    state.exitcode = message["exitcode"] if state.exitcode is None else state.exitcode
                     self._see_death(state)
                 case "regrouped":
                     state.regrouped = message["problem"]

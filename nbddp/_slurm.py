@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from nbddp import _engines
 from nbddp._engines import Engine, Here, Link, how_it_ended, said
+from nbddp._frames import LONG_LINE, SHORT_LINE
 from nbddp._placement import Placement
 from nbddp._ssh import no_interpreter, no_package
 
@@ -124,8 +125,13 @@ class Slurm(Engine):
     def here(argument: str, env: Mapping[str, str]) -> Here:
         """Return which task this is, and the address of the interface that leads to where the job was started."""
         job, step = env.get("SLURM_JOB_ID", ""), env.get("SLURM_STEP_ID", "0")
+        alone = env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS")) == "1"
         return Here(
-            int(env["SLURM_PROCID"]), _own_address(env), ["scancel", f"{job}.{step}"] if job else (), f"{job}.{step}"
+            int(env["SLURM_PROCID"]),
+            _own_address(env),
+            ["scancel", f"{job}.{step}"] if job else (),
+            f"{job}.{step}",
+            LONG_LINE if alone else SHORT_LINE,
         )
 
 

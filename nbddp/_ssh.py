@@ -6,7 +6,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 
-from nbddp._engines import LONG_LINE, Engine, Here, Link, how_it_ended, said
+from nbddp._engines import Engine, Here, Link, how_it_ended, said
 
 # Nothing may ask for a password where nobody can answer; a connection that is dead is noticed; nothing is forwarded.
 _OPTIONS = (
@@ -36,7 +36,6 @@ _NO_WAY = re.compile(
 class Ssh(Engine):
     """Hosts that the user's ssh reaches without a question."""
 
-    line_limit = LONG_LINE
     title = "ssh"
 
     def links(self, command: Sequence[str]) -> Sequence[Link]:

@@ -129,7 +129,8 @@ class World:
                 return  # asked from another thread: its descriptor is closed, or another file's
             state.stack_at = os.stat(path).st_size if os.path.exists(path) else 0
             if state.node is not None:
-                self.ranks.tell(state, "stack")
+                with contextlib.suppress(OSError):
+                    self._send("stack", rank=state.rank)
             else:
                 _process.signal_main_thread(state.pid, state.pidfd, STACK_SIGNAL)
 
@@ -138,7 +139,7 @@ class World:
         state.interrupted = True
         self.ranks.tell(state, "interrupted")
         if state.node is not None:
-            self.ranks.tell(state, "signal", signum=int(signal.SIGINT), main=True)
+            self._signal_there(state, signal.SIGINT, main=True)
         else:
             _process.signal_main_thread(state.pid, state.pidfd, signal.SIGINT)
 
@@ -146,9 +147,14 @@ class World:
         """Send a rank a signal that ends it."""
         state.stopped = True
         if state.node is not None:
-            self.ranks.tell(state, "signal", signum=int(signum), main=False)
+            self._signal_there(state, signum, main=False)
         else:
             _process.send_signal(state.pid, state.pidfd, signum)
+
+    def _signal_there(self, state: RankState, signum: int, *, main: bool) -> None:
+        """Have a rank's node signal it; on the one channel, so that what all are told first comes first."""
+        with contextlib.suppress(OSError):  # the gateway is gone; that will be heard
+            self._send("signal", rank=state.rank, signum=int(signum), main=main)
 
     # The launcher.
 

@@ -21,7 +21,7 @@ from jupyter_client.blocking.client import BlockingKernelClient
 from jupyter_client.manager import KernelManager
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
-_LABEL_COLOUR = re.compile(r"\x1b\[38;5;\d+m([\[(]rank +\d+[\])])\x1b\[0m")
+_LABEL_COLOUR = re.compile(r"\x1b\[38;5;\d+m([\[(](?:node\d+ )?rank +\d+[\])])\x1b\[0m")
 
 
 # For cells: what the kernel's descriptors lead to.

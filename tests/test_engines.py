@@ -1,0 +1,289 @@
+"""What any engine must do: the same cells on two nodes of each, in real kernels.
+
+An engine that is new is added to `ENGINES`; what it is to be given on a line stands there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.kernel import Kernel
+
+ENGINES = ("local",)
+
+# Nodes, even those that are processes of this machine, load torch for each run.
+SECONDS = 90.0
+
+SLEEP = "import time\nprint('begun', flush=True)\ntime.sleep(600)"
+
+
+@dataclass
+class Cluster:
+    """Two nodes, and a kernel that reaches them.
+
+    Attributes:
+        kernel: The kernel.
+        line: The magic, with what has it use them.
+    """
+
+    kernel: Kernel
+    line: str
+
+    def run(self, code: str, options: str = "--cpus 2"):  # type: ignore[no-untyped-def]  # a Reply
+        """Run a cell on them."""
+        return self.kernel.run(f"{self.line} {options}\n{code}", timeout=SECONDS)
+
+    def ok(self, code: str, options: str = "--cpus 2"):  # type: ignore[no-untyped-def]  # a Reply
+        """Run a cell on them that must not fail."""
+        return self.kernel.ok(f"{self.line} {options}\n{code}", timeout=SECONDS)
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> str:
+    """An engine's name."""
+    return str(request.param)
+
+
+@pytest.fixture
+def start(engine: str, new_kernel: Callable[..., Kernel]) -> Callable[[], Cluster]:
+    """Start kernels that reach two nodes by the engine."""
+    return lambda: Cluster(new_kernel(), "%%ddp --engine local --nnodes 2")
+
+
+@pytest.fixture
+def cluster(engine: str, kernel: Kernel) -> Iterator[Cluster]:
+    """The shared kernel, which reaches two nodes by the engine."""
+    yield Cluster(kernel, "%%ddp --engine local --nnodes 2")
+
+
+def processes() -> dict[str, list[psutil.Process]]:
+    """Return the processes of runs on nodes, by what they are, as far as they are of this machine."""
+    found: dict[str, list[psutil.Process]] = {}
+    for process in psutil.process_iter():
+        try:
+            command, environ = " ".join(process.cmdline()), process.environ()
+        except psutil.Error:
+            continue
+        if environ.get("NBDDP_TEST_RUN") != str(os.getpid()):
+            continue
+        for name in ("_gateway", "_node"):
+            if f"nbddp.{name}" in command:
+                found.setdefault(name, []).append(process)
+        with contextlib.suppress(psutil.Error):
+            parent = process.parent()
+            # What it has forked has its command line.
+            if "nbddp._launcher" in command and (parent is None or "nbddp._node" in " ".join(parent.cmdline())):
+                found.setdefault("_launcher", []).append(process)
+    return found
+
+
+def test_ranks_are_numbered_through_the_nodes(cluster: Cluster) -> None:
+    reply = cluster.ok(
+        "import torch\nimport torch.distributed as dist\nt = torch.ones(1)\ndist.all_reduce(t)\n"
+        "numbers = rank, local_rank, world_size, int(t)\nfirst = rank\nprint('here')",
+        "--cpus 2 --out first --gather numbers",
+    )
+    assert reply.lines == [f"[node{r // 2} rank {r}] here" for r in range(4)]
+    assert cluster.kernel.get("first") == 0
+    assert cluster.kernel.get("numbers") == [(0, 0, 4, 4), (1, 1, 4, 4), (2, 0, 4, 4), (3, 1, 4, 4)]
+
+
+def test_what_the_cell_uses_gets_to_each_node_and_what_it_makes_comes_back(cluster: Cluster) -> None:
+    cluster.kernel.ok("import torch\nbig = torch.arange(1 << 22)\nclass Mine:\n    def __init__(self, x): self.x = x")
+    cluster.ok("made = Mine(big * (rank + 1))", "--cpus 2 --gather made")
+    assert (
+        cluster.kernel.get("[torch.equal(m.x, big * (r + 1)) and type(m) is Mine for r, m in enumerate(made)]")
+        == [True] * 4
+    )
+
+
+def test_the_function_does_the_same(cluster: Cluster) -> None:
+    call = cluster.line.removeprefix("%%ddp --engine ").split()[0]
+    cluster.kernel.ok("import nbddp\ndef f(x):\n    import torch.distributed as dist\n    return dist.get_rank() + x")
+    assert cluster.kernel.get(f"nbddp.launch(f, 10, cpus=2, nnodes=2, engine={call!r})") == [10, 11, 12, 13]
+
+
+def test_the_exception_itself_with_its_rank_and_its_node(cluster: Cluster) -> None:
+    reply = cluster.run("if rank == 3:\n    raise KeyError('lost')\n" + SLEEP)
+    assert reply.error == "KeyError"
+    assert "raise KeyError('lost')" in reply.traceback
+    assert "rank 3 of 4 on node1 (" in reply.traceback
+    assert "ranks 0-2: stopped" in reply.traceback
+
+
+def test_displays_bars_and_values_come_through(cluster: Cluster) -> None:
+    reply = cluster.ok(
+        "from tqdm import tqdm\nfor i in tqdm(range(3)): pass\n"
+        "display({'text/html': f'<b>{rank}</b>'}, raw=True)\nrank * 10"
+    )
+    assert sum("100%" in line for line in reply.lines) == 4
+    assert sorted(shown["text/html"] for shown in reply.displays if "text/html" in shown)[:4] == [
+        f"<b>{r}</b>" for r in range(4)
+    ]
+    assert reply.value is not None
+    assert reply.value["text/plain"] == "0"
+
+
+def test_an_interrupt_says_where_all_ranks_were(cluster: Cluster) -> None:
+    pressed = [0.0]
+
+    def press() -> None:
+        time.sleep(0.5)
+        pressed[0] = time.monotonic()
+        cluster.kernel.interrupt()
+
+    code = (
+        "import time, torch.distributed as dist\nprint('begun', flush=True)\n"
+        "try:\n    dist.barrier() if rank else time.sleep(600)\nfinally:\n    print('cleaned')"
+    )
+    reply = cluster.kernel.run_and(f"{cluster.line} --cpus 2\n{code}", "begun", press, timeout=SECONDS)
+    took = time.monotonic() - pressed[0]
+    assert reply.error == "KeyboardInterrupt"
+    assert "ranks 1-3: waiting in barrier on line 5 of the cell" in reply.message
+    assert "rank 0: on line 5 of the cell" in reply.message
+    assert sum("cleaned" in line for line in reply.lines) == 4
+    assert took < 5.0
+
+
+def test_ranks_that_do_not_answer_are_killed(cluster: Cluster) -> None:
+    cluster.kernel.ok("%config DDPMagics.grace = 1")
+    code = "import signal\nfor s in (2, 15): signal.signal(s, signal.SIG_IGN)\n" + SLEEP
+    code = code.replace("time.sleep(600)", "end = time.time() + 600\nwhile time.time() < end: pass")
+    try:
+        reply = cluster.kernel.run_and(
+            f"{cluster.line} --cpus 2\n{code}", "begun", cluster.kernel.interrupt, timeout=SECONDS
+        )
+    finally:
+        cluster.kernel.ok("%config DDPMagics.grace = 5")
+    assert reply.error == "KeyboardInterrupt"
+    assert "not every rank ended by itself" in reply.message
+
+
+def test_a_timeout_says_where_ranks_were(cluster: Cluster) -> None:
+    reply = cluster.run(SLEEP, "--cpus 2 --timeout 12")
+    assert reply.error == "RunTimeout"
+    assert "ranks 0-3: on line 4 of the cell: time.sleep(600)" in reply.traceback
+
+
+@pytest.mark.parametrize(("how", "words"), [("os.kill(os.getpid(), 9)", "SIGKILL"), ("os._exit(5)", "status 5")])
+def test_a_rank_that_dies_is_named(cluster: Cluster, how: str, words: str) -> None:
+    reply = cluster.run(f"import os\nif rank == 2: {how}\n{SLEEP}")
+    assert reply.error == "RankError"
+    assert "rank 2 of 4 on node1" in reply.message
+    assert words in reply.message
+
+
+def test_a_crash_shows_its_stack(cluster: Cluster) -> None:
+    reply = cluster.run(f"import ctypes\nif rank == 1: ctypes.string_at(0)\n{SLEEP}")
+    assert "SIGSEGV" in reply.message
+    assert "rank 1: in string_at" in reply.traceback
+
+
+def test_ranks_stay(cluster: Cluster) -> None:
+    kernel = cluster.kernel
+    try:
+        cluster.ok("import os\nheld = rank\nhere = os.getpid()", "--cpus 2 --keep")
+        kernel.ok("more = list(range(300_000))")
+        reply = kernel.ok("%%ddp --keep\nprint(held, len(more), here == os.getpid())")
+        assert reply.lines == [f"[node{r // 2} rank {r}] {r} 300000 True" for r in range(4)]
+        code = "%%ddp --keep\nimport torch.distributed as dist\nif rank == 3: raise ValueError('no')\ndist.barrier()"
+        failed = kernel.run(code)
+        assert failed.error == "ValueError"
+        assert "the 4 ranks stay" in failed.text
+        kernel.ok(
+            "%%ddp --keep --out total\nimport torch\nt = torch.tensor([held])\ndist.all_reduce(t)\ntotal = int(t)"
+        )
+        assert kernel.get("total") == 6
+        assert "node" in kernel.ok("%ddp status").text
+        refused = kernel.run("%%ddp --keep --cpus 2 --engine local --nnodes 3\n1")
+        assert "4 ranks are kept" in refused.message
+    finally:
+        kernel.ok("%ddp stop")
+
+
+def test_a_run_in_the_background(cluster: Cluster) -> None:
+    kernel = cluster.kernel
+    cluster.ok("import time\ntime.sleep(1)\nmade = rank + 5\nprint('done')", "--cpus 1 --bg far --out made")
+    assert kernel.get("far.status") == "running"
+    assert kernel.get("far.wait()") == {"made": 5}
+    assert "done" in kernel.get("far.log(1)")
+
+
+def test_no_line_is_lost(cluster: Cluster) -> None:
+    lines = 50_000
+    cluster.ok(f"for i in range({lines}): print('line', i, 'of', rank)")
+    log = cluster.kernel.ok("%ddp log").text
+    folder = next(Path(word) for word in log.split() if "logs-" in word)
+    folder = folder if folder.is_dir() else folder.parent
+    for rank in range(4):
+        written = (folder / f"rank{rank}.log").read_text().splitlines()
+        assert written == [f"line {i} of {rank}" for i in range(lines)]
+
+
+def test_the_kernels_death_ends_all(start: Callable[[], Cluster]) -> None:
+    cluster = start()
+    request = cluster.kernel.ask(f"{cluster.line} --cpus 2\n{SLEEP}")
+    request.follow(lambda reply: reply.text.count("begun") == 4, SECONDS)
+    cluster.kernel.kill()
+    # The fixture that looks for what is left allows more than is promised.
+    deadline = time.monotonic() + 4.0
+    while (left := processes()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left
+
+
+@pytest.mark.parametrize("victim", ["_gateway", "_node", "_launcher"])
+def test_the_death_of_what_is_in_between_ends_the_run_and_the_next_works(
+    start: Callable[[], Cluster], victim: str
+) -> None:
+    cluster = start()
+    request = cluster.kernel.ask(f"{cluster.line} --cpus 2\n{SLEEP}")
+    request.follow(lambda reply: reply.text.count("begun") == 4, SECONDS)
+    processes()[victim][-1].send_signal(signal.SIGKILL)
+    assert request.wait(20.0)
+    assert request.reply.error == "RunLostError", request.reply.traceback
+    if victim != "_gateway":
+        assert "node" in request.reply.message
+    assert cluster.ok("print('again')").lines == [f"[node{r // 2} rank {r}] again" for r in range(4)]
+
+
+def test_nodes_end_when_nobody_beats(start: Callable[[], Cluster]) -> None:
+    cluster = start()
+    request = cluster.kernel.ask(f"{cluster.line} --cpus 1\n{SLEEP}")
+    request.follow(lambda reply: reply.text.count("begun") == 2, SECONDS)
+    found = processes()
+    found["_gateway"][0].send_signal(signal.SIGSTOP)
+    try:
+        deadline = time.monotonic() + 30.0
+        while any(p.status() != psutil.STATUS_ZOMBIE for p in found["_node"]) and time.monotonic() < deadline:
+            time.sleep(0.1)  # their parent is stopped, and takes no note
+        assert time.monotonic() < deadline
+    finally:
+        found["_gateway"][0].send_signal(signal.SIGCONT)
+    assert request.wait(20.0)
+    assert request.reply.error == "RunLostError"
+
+
+def test_the_panel_groups_ranks_by_node(cluster: Cluster) -> None:
+    reply = cluster.ok("import time\ntime.sleep(3)")
+    shown = [panel["text/plain"] for panel in reply.panels]
+    rows = next(text for text in shown if text.count("running") == 4).splitlines()
+    assert rows[0].startswith("nbddp: 4 ranks on 2 nodes")
+    assert [row.split()[0] for row in rows[1:]] == ["node0", "rank", "node1", "rank"]
+    assert any("of local load torch" in text or "2 nodes" in text for text in shown)
+
+
+def test_options_as_json_hold_no_secret_of_the_environment(cluster: Cluster) -> None:
+    cluster.kernel.ok("import os\nos.environ['SET_IN_NOTEBOOK'] = 'yes'")
+    reply = cluster.ok("import os, json\nprint(json.dumps([os.environ.get('SET_IN_NOTEBOOK'), os.environ.get('X')]))")
+    assert json.loads(reply.lines[0].partition("] ")[2]) == ["yes", None]
