@@ -10,16 +10,17 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 import pytest
 
+from tests.cluster import Slurm, Sshd
 from tests.kernel import Kernel
 
-ENGINES = ("local",)
+ENGINES = ("local", "slurm", "ssh")
 
 # Nodes, even those that are processes of this machine, load torch for each run.
 SECONDS = 90.0
@@ -48,22 +49,74 @@ class Cluster:
         return self.kernel.ok(f"{self.line} {options}\n{code}", timeout=SECONDS)
 
 
-@pytest.fixture(params=ENGINES)
-def engine(request: pytest.FixtureRequest) -> str:
-    """An engine's name."""
-    return str(request.param)
+@dataclass
+class Engine:
+    """An engine, and what reaches its nodes.
+
+    Attributes:
+        name: Its name.
+        line: The magic, with what has it use two nodes.
+        env: The environment of a kernel that reaches them.
+        options: The same for `nbddp.launch`.
+        left: Returns what is left on the engine's side of runs.
+    """
+
+    name: str
+    line: str
+    options: str
+    env: Mapping[str, str | None] = field(default_factory=dict)
+    left: Callable[[], list[object]] = list
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request: pytest.FixtureRequest) -> Engine:
+    """An engine with two nodes."""
+    match request.param:
+        case "slurm":
+            slurm: Slurm = request.getfixturevalue("_module_slurm")
+            return Engine("slurm", "%%ddp --nnodes 2", "nnodes=2", slurm.env, lambda: list(slurm.squeue()))
+        case "ssh":
+            sshd: Sshd = request.getfixturevalue("_module_sshd")
+            return Engine(
+                "ssh",
+                "%%ddp --hosts a,b",
+                "hosts=['a', 'b']",
+                sshd.env,
+                lambda: [*sshd.sessions("a"), *sshd.sessions("b")],
+            )
+    return Engine("local", "%%ddp --engine local --nnodes 2", "nnodes=2, engine='local'")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_there(engine: Engine) -> Iterator[None]:
+    """After every test: no job, no connection."""
+    yield
+    deadline = time.monotonic() + 8.0
+    while (left := engine.left()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not left
 
 
 @pytest.fixture
-def start(engine: str, new_kernel: Callable[..., Kernel]) -> Callable[[], Cluster]:
+def start(engine: Engine, new_kernel: Callable[..., Kernel]) -> Callable[[], Cluster]:
     """Start kernels that reach two nodes by the engine."""
-    return lambda: Cluster(new_kernel(), "%%ddp --engine local --nnodes 2")
+    return lambda: Cluster(new_kernel(env=engine.env), engine.line)
+
+
+@pytest.fixture(scope="module")
+def _kernel(engine: Engine, private_folders: Path, open_kernels: list[Kernel]) -> Iterator[Kernel]:
+    kernel = Kernel(env=dict(engine.env))
+    open_kernels.append(kernel)
+    kernel.ok("%load_ext nbddp")
+    yield kernel
+    kernel.close()
+    open_kernels.remove(kernel)
 
 
 @pytest.fixture
-def cluster(engine: str, kernel: Kernel) -> Iterator[Cluster]:
-    """The shared kernel, which reaches two nodes by the engine."""
-    yield Cluster(kernel, "%%ddp --engine local --nnodes 2")
+def cluster(engine: Engine, _kernel: Kernel) -> Cluster:
+    """A kernel of the module's, which reaches two nodes by the engine."""
+    return Cluster(_kernel, engine.line)
 
 
 def processes() -> dict[str, list[psutil.Process]]:
@@ -107,10 +160,9 @@ def test_what_the_cell_uses_gets_to_each_node_and_what_it_makes_comes_back(clust
     )
 
 
-def test_the_function_does_the_same(cluster: Cluster) -> None:
-    call = cluster.line.removeprefix("%%ddp --engine ").split()[0]
+def test_the_function_does_the_same(engine: Engine, cluster: Cluster) -> None:
     cluster.kernel.ok("import nbddp\ndef f(x):\n    import torch.distributed as dist\n    return dist.get_rank() + x")
-    assert cluster.kernel.get(f"nbddp.launch(f, 10, cpus=2, nnodes=2, engine={call!r})") == [10, 11, 12, 13]
+    assert cluster.kernel.get(f"nbddp.launch(f, 10, cpus=2, {engine.options})") == [10, 11, 12, 13]
 
 
 def test_the_exception_itself_with_its_rank_and_its_node(cluster: Cluster) -> None:
