@@ -1,8 +1,8 @@
 """Engines: what reaches the nodes of a run. Slurm, ssh, and nodes that are only processes of this machine.
 
-An engine is a way to have one command run on each node, with its stdin and stdout at this end. All else, what goes to and
-fro, the ranks, their ends, is the same for all: `nbddp._gateway` at this end, `nbddp._node` at the other. So what a new
-one has to say is short (``docs/engines.md`` has an example, ``tests/test_engines.py`` what each must pass):
+An engine is a way to have one command run on each node, with its stdin and stdout at this end. All else, what goes to
+and fro, the ranks, their ends, is the same for all: `nbddp._gateway` at this end, `nbddp._node` at the other. So what a
+new one has to say is short (``docs/engines.md`` has an example, ``tests/test_engines.py`` what each must pass):
 
 - `Engine.refusal`: whether what is asked for can be had at all, before anything waits for it;
 - `Engine.links`: the client commands that run the node's command, and which nodes each of them reaches;

@@ -6,10 +6,10 @@
            <─ started, state, lost, ended ───  gateway ───────┤
            <─ a socket and a pipe for each rank ┘             └── client ── node 1 ── ranks
 
-To the kernel it is what the launcher is for a run on its own machine, and each rank is a connection to the run's socket, as
-there: so the kernel follows both in the same way. It is a process of its own since it must go on beating while the kernel
-computes: its beats are what the nodes live by. Results and stacks that come from nodes are written to the run's directory,
-where the kernel looks for them.
+To the kernel it is what the launcher is for a run on its own machine, and each rank is a connection to the run's
+socket, as there: so the kernel follows both in the same way. It is a process of its own since it must go on beating
+while the kernel computes: its beats are what the nodes live by. Results and stacks that come from nodes are written to
+the run's directory, where the kernel looks for them.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from nbddp._frames import (
 from nbddp._paths import RunDir, format_size, remove_session
 from nbddp._placement import Placement
 
-# Seconds that nodes have to say that all is gone, after they were told to kill, before the engine is asked to end them; and
-# that its clients have then.
+# Seconds that nodes have to say that all is gone, after they were told to kill, before the engine is asked to end them;
+# and that its clients have then.
 _KILL_SECONDS = 2.5
 _CANCEL_SECONDS = 3.0
 
@@ -447,9 +447,6 @@ class Gateway:
                 node.set_clock(message["t"], message["now"])
             case "refused":
                 self._lose(f"{self._called(node)}: {message['reason']}")
-            case "told to end":
-                # Who it was is known in a moment, from the client's words.
-                self._spawn(self._explain_soon(node, message["by"]))
             case "note":
                 self._tell("note", text=f"{self._called(node)} {message['text']}")
             case "gpus":
@@ -458,6 +455,22 @@ class Gateway:
             case "meet":
                 self._endpoint = message["endpoint"]
                 self._start_if_ready()
+            case "told to end":
+                # Who it was is known in a moment, from the client's words.
+                self._spawn(self._explain_soon(node, message["by"]))
+            case "ended":
+                node.ended = True
+                if all(other.ended for other in self._nodes.values()):
+                    self._over.set()
+                elif self._ending is None and not self._told_lost:
+                    # Its agent has ended, and others' go on: by itself it ends only after that.
+                    self._spawn(self._explain_soon(node, ""))
+            case kind:
+                self._take_of_ranks(node, kind, message)
+
+    def _take_of_ranks(self, node: _Node, kind: str, message: Message) -> None:
+        """Take what a node says of its agent and its ranks."""
+        match kind:
             case "agent":
                 self._connect_agent(message["time"] + node.offset)
             case "agent end":
@@ -469,9 +482,10 @@ class Gateway:
                 if self._agents_ended == self.placement.nnodes:
                     self._tell_agent("agent end", failures=self._failures)
             case "agent gone":
-                if not message.get("status", 0) and not self._failures:
-                    return
                 self._tell("agent log", lines=message["log"])
+                if message["status"] < 0:
+                    how = _engines.how_it_ended(message["status"])
+                    self._lose(f"torchrun's agent on {self._called(node)} {how}, and its ranks with it")
             case "rank":
                 self._add_rank(node, message)
             case "from":
@@ -489,13 +503,6 @@ class Gateway:
             case "died":
                 if (rank := self._ranks.get(message["rank"])) is not None:
                     rank.say("died", exitcode=message["exitcode"], oom_kills=message["oom_kills"])
-            case "ended":
-                node.ended = True
-                if all(other.ended for other in self._nodes.values()):
-                    self._over.set()
-                elif self._ending is None and not self._told_lost:
-                    # Its agent has ended, and others' go on: by itself it ends only after that.
-                    self._spawn(self._explain_soon(node, ""))
 
     async def _explain_soon(self, node: _Node, by: str) -> None:
         client = next(client for client in self._clients if node.number in client.link.nodes)
@@ -701,8 +708,8 @@ def _different(hello: Message, ours: Mapping[str, str]) -> str | None:
     """Return in what a node's versions differ from the notebook's so that a run cannot be; None if in nothing."""
     if hello["protocol"] != PROTOCOL or hello["nbddp"] != ours["nbddp"]:
         return (
-            f"it has nbddp {hello['nbddp']}, and the notebook {ours['nbddp']} ({hello['executable']}). Install the same "
-            "version on all nodes"
+            f"it has nbddp {hello['nbddp']}, and the notebook {ours['nbddp']} ({hello['executable']}). Install the "
+            "same version on all nodes"
         )
     mine, its = ours["python"].split("."), hello["python"].split(".")
     if mine[:2] != its[:2]:
@@ -714,8 +721,8 @@ def _different(hello: Message, ours: Mapping[str, str]) -> str | None:
         return f"{hello['executable']} has no torch"
     if _release(hello["torch"]) != _release(ours["torch"]):
         return (
-            f"it has torch {hello['torch']}, and the notebook {ours['torch']} ({hello['executable']}). Install the same "
-            "release on all nodes"
+            f"it has torch {hello['torch']}, and the notebook {ours['torch']} ({hello['executable']}). Install the "
+            "same release on all nodes"
         )
     return None
 

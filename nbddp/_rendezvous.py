@@ -9,8 +9,8 @@ the agents' state is pickled: who can reach the port can run code. This one hold
 itself. In a run of nbddp no store is behind it at first: its process group meets in a file of the run directory, which
 no other user can open. One is served as soon as somebody connects: a cell that asks for ``env://``, or its programs.
 
-On several nodes the store is served from the beginning, by a process of the first node's launcher, at the one address by
-which the others reach it; agents and ranks are its clients. Which node is which is told, not negotiated.
+On several nodes the store is served from the beginning, by a process of the first node's launcher, at the one address
+by which the others reach it; agents and ranks are its clients. Which node is which is told, not negotiated.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ SESSION = "NBDDP_SESSION"
 RUN_DIR = "NBDDP_RUN_DIR"
 # In the ranks: the secret by which the relay knows nbddp's own marks in a rank's output.
 MARK = "NBDDP_MARK"
-# In the ranks of several nodes: all that is kept of a rank is called by its number through all nodes, not by that on its
-# own; and "1" or "0": whether it has a GPU, which is known only there.
+# In the ranks of several nodes: all that is kept of a rank is called by its number through all nodes, not by that on
+# its own; and "1" or "0": whether it has a GPU, which is known only there.
 BY_RANK = "NBDDP_BY_RANK"
 GPUS = "NBDDP_GPUS"
 

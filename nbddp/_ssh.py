@@ -53,8 +53,8 @@ class Ssh(Engine):
         name, text = self.name(link.nodes[0]), "\n".join(words)
         if status == _SSH and _HOST_KEY.search(text):
             return (
-                f"{name}: the host key of {host} is not the one that ssh knows, or it knows none{said(words)}. See that "
-                f"it is the right machine, with 'ssh {host}' in a terminal, which also remembers its key"
+                f"{name}: the host key of {host} is not the one that ssh knows, or it knows none{said(words)}. See "
+                f"that it is the right machine, with 'ssh {host}' in a terminal, which also remembers its key"
             )
         if status == _SSH and (found := _PASSWORD.search(text)):
             return (
