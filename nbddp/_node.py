@@ -1,8 +1,8 @@
 """A node's part of a run on several machines: ``python -m nbddp._node ENGINE NUMBER``, with the notebook at stdin.
 
-It is to its node what the kernel is to the machine of an ordinary run: it has a session directory and a launcher,
-starts one torchrun agent, hears the ranks over a Unix socket, and ends all of it. What the ranks say and print it passes
-on, a line at a time (`nbddp._frames`); what the notebook says to them it hands down. The messages:
+It is to its node what the kernel is to the machine of an ordinary run. It has a session directory and a launcher,
+starts one torchrun agent, hears the ranks over a Unix socket, and ends all of it. What ranks say and print it passes on
+(`nbddp._frames`); what the notebook says to them it hands down. The messages:
 
 ==================  ================================================================================================
 to the node
