@@ -100,6 +100,8 @@ class Ranks:
             began: Called with each rank that begins the cell.
         """
         self._relay, self._arrived, self._began = relay, arrived, began
+        # A quick cell is over before that, and all that it has printed is read at its end.
+        self._put_off_output()
 
     @property
     def gone(self) -> list[RankState]:
@@ -296,8 +298,11 @@ class Ranks:
             if key.fd in self._outputs.get_map():
                 little &= self._read(key.data) < _LITTLE
         if little:
-            self._loop.unwatch(self._outputs)
-            self.due = time.monotonic() + _GATHER_SECONDS
+            self._put_off_output()
+
+    def _put_off_output(self) -> None:
+        self._loop.unwatch(self._outputs)
+        self.due = time.monotonic() + _GATHER_SECONDS
 
     def _ignore_output(self, state: RankState) -> None:
         with contextlib.suppress(KeyError, ValueError):

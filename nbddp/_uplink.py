@@ -31,6 +31,8 @@ from nbddp._paths import RunDir
 # signal: SIGUSR1 and SIGUSR2 are the user's.
 STACK_SIGNAL = getattr(signal, "SIGRTMIN", 23) + 7  # 30 is SIGUSR1 on macOS, which has no others
 
+_C = ctypes.CDLL(None)
+
 _PIPE_SIZE = 1 << 20
 _F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", None)
 
@@ -170,11 +172,19 @@ class Uplink:
         """Tell that this rank waits for its first cell."""
         self._send("ready")
 
-    def idle(self, pickled: str | None, held: dict[str, str], backend: str) -> None:
-        """Tell that nothing more of this cell is to come, where its exception is, and what this rank holds now."""
+    def idle(self, held: dict[str, str], backend: str, *, report: dict[str, Any] | None, pickled: str | None) -> None:
+        """Tell that nothing more of this cell is to come, and what this rank holds now.
+
+        Args:
+            held: The types of the names that it holds.
+            backend: That of its process group.
+            report: How the cell ended, if that is not told yet: the notebook need not wake for it twice.
+            pickled: Where the cell's exception is.
+        """
         with self._lock, _whole():
             flush()
-            _wire.send(self._sock, "idle", pickled=pickled, held=held, backend=backend)
+            told = b"" if report is None else _wire.encode("report", time=time.monotonic(), **report)
+            self._sock.sendall(told + _wire.encode("idle", pickled=pickled, held=held, backend=backend))
 
     def regrouped(self, problem: str) -> None:
         """Tell that this rank is in the new process group, or what has kept it out."""
@@ -287,4 +297,4 @@ def flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # the user may have replaced or closed them
             stream.flush()
-    ctypes.CDLL(None).fflush(None)
+    _C.fflush(None)
