@@ -91,6 +91,7 @@ class Ranks:
         *,
         arrived: Callable[[RankState], None] = lambda _: None,
         began: Callable[[RankState], None] = lambda _: None,
+        quick: bool = True,
     ) -> None:
         """Say who is to hear of the ranks from now on.
 
@@ -98,10 +99,13 @@ class Ranks:
             relay: Where output goes.
             arrived: Called with each rank that connects.
             began: Called with each rank that begins the cell.
+            quick: Whether a cell is about to begin that may be a quick one, whose output is read at its end.
         """
         self._relay, self._arrived, self._began = relay, arrived, began
-        # A quick cell is over before that, and all that it has printed is read at its end.
-        self._put_off_output()
+        if quick:
+            self._put_off_output()
+        else:
+            self._watch_outputs()
 
     @property
     def gone(self) -> list[RankState]:

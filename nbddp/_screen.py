@@ -83,8 +83,8 @@ class NotebookScreen:
     def write(self, text: str) -> None:
         """Show complete lines of text."""
         _bucket.take(text)
-        # Looked up each time: %%capture replaces it. ipykernel collects what comes within a fifth of a second, and waits
-        # for its thread where it is told not to; what comes after a silence need not wait for more.
+        # Looked up each time: %%capture replaces it. ipykernel collects what comes within a fifth of a second; what
+        # comes after a silence need not wait for more, though this has to wait for ipykernel's thread then.
         sys.stdout.write(text)
         now = time.monotonic()
         if now > self._flushed + _SILENCE:

@@ -70,7 +70,8 @@ class Kept:
         self._forget_arguments()
         before = {name: value for name, value in self.namespace.items() if name not in request["push"]}
         try:
-            load_file(request["closure"], target)
+            if request["closure"] is not None:
+                load_file(request["closure"], target)
         except BaseException as error:
             return outcome_of(error, ()) | ({"loading": target.reading} if target.reading else {})
         finally:

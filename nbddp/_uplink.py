@@ -172,7 +172,14 @@ class Uplink:
         """Tell that this rank waits for its first cell."""
         self._send("ready")
 
-    def idle(self, held: dict[str, str], backend: str, *, report: dict[str, Any] | None, pickled: str | None) -> None:
+    def idle(
+        self,
+        held: dict[str, str],
+        backend: str,
+        *,
+        report: dict[str, Any] | None = None,
+        pickled: str | None = None,
+    ) -> None:
         """Tell that nothing more of this cell is to come, and what this rank holds now.
 
         Args:
