@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import secrets
 import shutil
@@ -265,9 +264,17 @@ class Prepared:
             KeyboardInterrupt: The user stopped it.
         """
         kept = self.kept
-        begin = world.start
-        if kept is not None:
-            begin = functools.partial(kept.leave if self.job.last else kept.begin, relay)
+        oom_kills = 0
+
+        def begin() -> None:
+            nonlocal oom_kills
+            if kept is None:
+                world.start()
+            else:
+                (kept.leave if self.job.last else kept.begin)(relay)
+            # It takes as long as the ranks take to begin.
+            oom_kills = _process.oom_kills()
+
         run = Run(
             world,
             relay,
@@ -281,7 +288,6 @@ class Prepared:
             grace=self.job.grace,
             wait_until_gone=self.devices.gpus or self.job.last or world.launch.nnodes > 1,
         )
-        oom_kills = _process.oom_kills()
         under_way = UnderWay(run, self.run_dir, self._sources(), self.job.background)
         running.append(under_way)
         try:
