@@ -36,7 +36,7 @@ class Kept:
 
     def next_request(self, notebook: Uplink) -> dict[str, Any] | None:
         """Wait for the next request; None if there are to be no more."""
-        request = notebook.requests.get()
+        request = notebook.next_request()
         return None if request is None or request["kind"] == "leave" else request
 
     def run(

@@ -15,12 +15,13 @@ import fcntl
 import io
 import logging
 import os
-import queue
 import select
+import selectors
 import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -48,10 +49,17 @@ class Uplink:
     def __init__(self, run: RunDir, secret: str) -> None:
         self._secret = secret
         self._displays = 0
-        # What a kept rank is asked to do; None when the notebook is gone.
-        self.requests: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        # Where the main thread was at the last interrupt.
+        self._spot: tuple[int, int] | None = None
+        # What a kept rank is asked to do.
+        self._requests: deque[dict[str, Any]] = deque()
         self._lock = threading.Lock()
         self._sock = _wire.connect(run.socket)
+        self._inbox = _wire.Inbox(self._sock)
+        # Who reads from it has it in hand. A thread waits for it, but sees nothing while the main thread does.
+        self._in_hand = threading.Lock()
+        self._incoming = selectors.DefaultSelector()
+        self._incoming.register(self._sock, selectors.EVENT_READ)
         out, into = os.pipe()
         if _F_SETPIPE_SZ is not None:
             with contextlib.suppress(OSError):  # the user's limit on pipe memory
@@ -78,6 +86,7 @@ class Uplink:
             os.close(fd)
         # A worker process must not keep the connection of a dead rank open.
         os.register_at_fork(after_in_child=self._sock.close)
+        os.register_at_fork(after_in_child=self._incoming.close)
 
     def listen(self) -> None:
         """Listen for interrupts.
@@ -95,20 +104,37 @@ class Uplink:
         runs its handler.
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        inbox = _wire.Inbox(self._sock)
-        spot = None
-        while not inbox.closed:
-            for message in inbox.receive():
-                if message["kind"] == "interrupted":
-                    spot = _main_threads_spot()
-                elif message["kind"] in ("cell", "regroup", "leave"):
-                    self.requests.put(message)
-                elif message["kind"] == "look":
-                    with contextlib.suppress(OSError):  # the kernel is gone
-                        self._send("at", **_where())
-                elif message["kind"] == "break off" and spot is not None and spot == _main_threads_spot():
-                    _process.break_off()
-        self.requests.put(None)
+        while not self._inbox.closed:
+            self._incoming.select()
+            with self._in_hand:
+                if self._incoming.select(0):
+                    self._receive()
+
+    def next_request(self) -> dict[str, Any] | None:
+        """Wait for what this rank is to do next; None when the notebook is gone.
+
+        The calling thread does so itself: what is to run at once is not to wait until another thread has woken it.
+        """
+        with self._in_hand:
+            self._incoming.unregister(self._sock)
+            try:
+                while not self._requests and not self._inbox.closed:
+                    self._receive()
+            finally:
+                self._incoming.register(self._sock, selectors.EVENT_READ)
+        return self._requests.popleft() if self._requests else None
+
+    def _receive(self) -> None:
+        for message in self._inbox.receive():
+            if message["kind"] == "interrupted":
+                self._spot = _main_threads_spot()
+            elif message["kind"] in ("cell", "regroup", "leave"):
+                self._requests.append(message)
+            elif message["kind"] == "look":
+                with contextlib.suppress(OSError):  # the kernel is gone
+                    self._send("at", **_where())
+            elif message["kind"] == "break off" and self._spot is not None and self._spot == _main_threads_spot():
+                _process.break_off()
 
     def publish(
         self, data: dict[str, Any], metadata: dict[str, Any], transient: dict[str, Any], update: bool, value: bool
