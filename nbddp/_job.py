@@ -197,15 +197,19 @@ def prepare(
     # What these ranks are called is theirs, for as long as they stay.
     held = (kept.held_by_all() | {*GIVEN_NAMES}) - frozenset(job.push) if kept is not None else frozenset()
     names = _names_to_send(job, kept, held, said)
-    with interruptible(gate, f"what {job.place} uses was pickled; nothing was launched"):
-        closure = _closure.capture(
-            names,
-            job.namespace,
-            job.lines,
-            job.place,
-            known=kept.definitions if kept is not None else (),
-            held=held,
-        )
+    if not names and kept is not None and kept.world is not None and job.options.keep_script is None:
+        # As of most cells on kept ranks: no file is made that all of them would have to read.
+        closure = Snapshot.of_nothing()
+    else:
+        with interruptible(gate, f"what {job.place} uses was pickled; nothing was launched"):
+            closure = _closure.capture(
+                names,
+                job.namespace,
+                job.lines,
+                job.place,
+                known=kept.definitions if kept is not None else (),
+                held=held,
+            )
     times["captured"] = time.monotonic()
     if kept is not None and kept.devices is not None:
         devices = kept.devices

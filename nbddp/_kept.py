@@ -1,13 +1,13 @@
 """Ranks that stay between cells (``--keep``): what is known of them, what they are sent, and when they end.
 
 One kernel keeps one world of ranks. While a cell runs, the thread that runs it has it; in between a thread of its own
-watches it: it hears of deaths, takes what the ranks' threads print, and ends what has been idle for too long.
+(`nbddp._watcher`) has: it hears of deaths, takes what the ranks' threads print, and ends what has been idle for too
+long.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 import tempfile
 import threading
 import time
@@ -28,6 +28,7 @@ from nbddp._screen import Screen, of_this_cell
 from nbddp._script import Cell
 from nbddp._snapshot import Snapshot
 from nbddp._stop import InterruptGate
+from nbddp._watcher import Watcher
 from nbddp._world import World
 
 # Seconds without a cell after which the ranks end.
@@ -74,8 +75,8 @@ class Kept:
         self.idle = IDLE_SECONDS
         self.asked_idle: float | None = None
         self._screen: Screen | None = None
-        self._watcher: threading.Thread | None = None
-        self._wake: tuple[int, int] | None = None
+        self._ends_at = float("inf")
+        self._watcher: Watcher | None = None
         self.lost: str | None = None
 
     @property
@@ -180,8 +181,10 @@ class Kept:
         assert self.run_dir is not None
         assert self.devices is not None
         self._cells += 1
+        path = None
         try:
-            path = self.run_dir.store(f"closure.{self._cells}", closure.nbytes, closure.write)
+            if closure.stream.nbytes:
+                path = self.run_dir.store(f"closure.{self._cells}", closure.nbytes, closure.write)
         except OSError as error:
             what = f"write {format_size(closure.nbytes)} of what the cell uses"
             raise cannot_write(what, self.run_dir.root, error) from error
@@ -290,6 +293,8 @@ class Kept:
             self.world.close()
             self.world = None
             _allocation.release(self)
+            if self._watcher is not None:
+                self._watcher.end()
 
     # Between two cells.
 
@@ -298,49 +303,37 @@ class Kept:
         assert self.world is not None
         self.idle, self._screen = idle or float("inf"), screen
         self._pending = _Pending()
-        self.world.ranks.attach(self._pending)
+        ranks = self.world.ranks
+        ranks.attach(self._pending, quick=False)
+        self._ends_at = time.monotonic() + self.idle
         try:
-            self._wake = os.pipe()
-            self._watcher = threading.Thread(target=self._watch, name="nbddp-kept", daemon=True)
-            self._watcher.start()
+            if self._watcher is None:
+                self._watcher = Watcher(self.world.loop, self._look, "nbddp-kept")
+            self._watcher.give(0.0 if ranks.gone or self.world.launcher_ended else self._ends_at)
         except (OSError, RuntimeError) as error:
             # Nobody would hear of their death, or end them.
-            self._watcher = None
-            self._close_wake()
             self._close_for_good()
             raise _cannot_watch(error) from error
 
     def take(self) -> None:
-        """Have the watching thread end."""
-        if self._watcher is not None and self._wake is not None:
-            os.write(self._wake[1], b"t")
-            self._watcher.join()
-            self._watcher = None
-            self._close_wake()
+        """Take them from the thread that watches."""
+        if self._watcher is not None:
+            self._watcher.take()
 
-    def _close_wake(self) -> None:
-        for fd in self._wake or ():
-            os.close(fd)
-        self._wake = None
-
-    def _watch(self) -> None:
-        assert self.world is not None
-        assert self._wake is not None
-        taken: list[bytes] = []
-        wake = self._wake[0]
-        loop, ranks = self.world.loop, self.world.ranks
-        loop.watch(wake, lambda: taken.append(os.read(wake, 1)))
-        until = time.monotonic() + self.idle
-        try:
-            while not taken and not ranks.gone and not self.world.launcher_ended and time.monotonic() < until:
-                loop.step(min(until, ranks.due))
-                ranks.tick()
-        finally:
-            loop.unwatch(wake)
+    def _look(self) -> float | None:
+        """See what has become of the ranks; return when to look again, None if they are gone."""
+        if self.world is None:
+            return None
+        ranks = self.world.ranks
+        self.world.loop.step(0.0)
+        ranks.tick()
         if ranks.gone or self.world.launcher_ended:
             self._lose()
-        elif not taken:
+            return None
+        if time.monotonic() >= self._ends_at:
             self._end_idle()
+            return None
+        return min(self._ends_at, ranks.due)
 
     def _lose(self) -> None:
         """Take note that the ranks have ended, which nobody has asked for."""

@@ -15,6 +15,10 @@ class Loop:
     def __init__(self) -> None:
         self._selector = selectors.DefaultSelector()
 
+    def fileno(self) -> int:
+        """Return a descriptor that is readable when one of the sources is."""
+        return self._selector.fileno()  # epoll and kqueue have one
+
     def watch(self, source: Any, callback: Callable[[], object]) -> None:
         """Call `callback` whenever `source` is readable, in place of what was called before."""
         with contextlib.suppress(KeyError):

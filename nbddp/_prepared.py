@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 import secrets
 import shutil
@@ -292,9 +291,17 @@ class Prepared:
             KeyboardInterrupt: The user stopped it.
         """
         kept = self.kept
-        begin = world.start
-        if kept is not None:
-            begin = functools.partial(kept.leave if self.job.last else kept.begin, relay)
+        oom_kills = 0
+
+        def begin() -> None:
+            nonlocal oom_kills
+            if kept is None:
+                world.start()
+            else:
+                (kept.leave if self.job.last else kept.begin)(relay)
+            # It takes as long as the ranks take to begin.
+            oom_kills = _process.oom_kills()
+
         run = Run(
             world,
             relay,
@@ -313,7 +320,6 @@ class Prepared:
                 or self.devices.placement is not None  # and their allocation is given back
             ),
         )
-        oom_kills = _process.oom_kills()
         under_way = UnderWay(run, self.run_dir, self._sources(), self.job.background)
         running.append(under_way)
         try:

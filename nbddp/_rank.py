@@ -229,10 +229,14 @@ def _serve_cells(kept: _serve.Kept, notebook: _uplink.Uplink) -> None:
         _state.times = {}
         _state.write_exception = _State.write_exception
         outcome = kept.run(request, _state, functools.partial(_run_cell, kept.namespace), notebook.begin)
-        notebook.report(times=_state.times, **outcome)
-        failed = outcome["outcome"] != "done"
-        pickled = _interrupts.interruptibly(_state.write_exception) if failed else None
-        notebook.idle(pickled, kept.held(), _group.backend())
+        report = {"times": _state.times, **outcome}
+        if outcome["outcome"] == "done":
+            notebook.idle(kept.held(), _group.backend(), report=report)
+        else:
+            # At once: to write the exception may take long.
+            notebook.report(**report)
+            pickled = _interrupts.interruptibly(_state.write_exception)
+            notebook.idle(kept.held(), _group.backend(), pickled=pickled)
 
 
 def _run_cell(

@@ -91,6 +91,7 @@ class Ranks:
         *,
         arrived: Callable[[RankState], None] = lambda _: None,
         began: Callable[[RankState], None] = lambda _: None,
+        quick: bool = True,
     ) -> None:
         """Say who is to hear of the ranks from now on.
 
@@ -98,8 +99,13 @@ class Ranks:
             relay: Where output goes.
             arrived: Called with each rank that connects.
             began: Called with each rank that begins the cell.
+            quick: Whether a cell is about to begin that may be a quick one, whose output is read at its end.
         """
         self._relay, self._arrived, self._began = relay, arrived, began
+        if quick:
+            self._put_off_output()
+        else:
+            self._watch_outputs()
 
     @property
     def gone(self) -> list[RankState]:
@@ -307,8 +313,11 @@ class Ranks:
             if key.fd in self._outputs.get_map():
                 little &= self._read(key.data) < _LITTLE
         if little:
-            self._loop.unwatch(self._outputs)
-            self.due = time.monotonic() + _GATHER_SECONDS
+            self._put_off_output()
+
+    def _put_off_output(self) -> None:
+        self._loop.unwatch(self._outputs)
+        self.due = time.monotonic() + _GATHER_SECONDS
 
     def _ignore_output(self, state: RankState) -> None:
         with contextlib.suppress(KeyError, ValueError):

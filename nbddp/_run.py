@@ -21,7 +21,7 @@ from nbddp._placement import Nodes
 from nbddp._rank_state import RankState, in_short, rank_list
 from nbddp._relay import Relay
 from nbddp._screen import Screen
-from nbddp._stop import SETTLE_SECONDS, InterruptGate, Ladder, Step
+from nbddp._stop import BREAK_OFF_SECONDS, SETTLE_SECONDS, STACK_SECONDS, InterruptGate, Ladder, Step
 from nbddp._world import World
 
 # Seconds that torchrun has to say how a rank died, and, after the failed ranks are gone, to start them all again,
@@ -337,6 +337,9 @@ class Run:
         if stopping and not state.interrupted:
             # It had been told to begin, and had not yet, when all were interrupted.
             self.world.interrupt(state)
+            if self._ladder is not None:
+                # By the time that this reaches it, it may wait for the others, which have broken off already.
+                self._ladder.add(Step.BREAK_OFF, STACK_SECONDS if self._cause == "failed" else BREAK_OFF_SECONDS)
 
     def _arrived(self, state: RankState) -> None:
         """Tell a rank that has just connected what the others were told already."""

@@ -15,7 +15,10 @@ RATE = 500_000
 _BURST = 1_000_000
 
 
-_SILENCE = 0.25  # seconds
+# Seconds of silence after which a line is not kept for what comes behind it; and of a cell's first, in which it is:
+# they may be all of it.
+_SILENCE = 0.25
+_QUICK = 0.05
 
 
 class Screen(Protocol):
@@ -73,7 +76,7 @@ class NotebookScreen:
         self._shell = shell
         self._panel_id = secrets.token_hex(8)
         self._panel: MimeBundle | None = None
-        self._flushed = float("-inf")
+        self._flushed = time.monotonic() + _QUICK - _SILENCE
         # %%capture and redirect_stdout take what is printed, and would record each update as an output of its own.
         self.in_place = type(sys.stdout).__module__.startswith("ipykernel")
 
@@ -81,7 +84,7 @@ class NotebookScreen:
         """Show complete lines of text."""
         _bucket.take(text)
         # Looked up each time: %%capture replaces it. ipykernel collects what comes within a fifth of a second; what
-        # comes after a silence need not wait for more.
+        # comes after a silence need not wait for more, though this has to wait for ipykernel's thread then.
         sys.stdout.write(text)
         now = time.monotonic()
         if now > self._flushed + _SILENCE:

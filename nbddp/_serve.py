@@ -36,7 +36,7 @@ class Kept:
 
     def next_request(self, notebook: Uplink) -> dict[str, Any] | None:
         """Wait for the next request; None if there are to be no more."""
-        request = notebook.requests.get()
+        request = notebook.next_request()
         return None if request is None or request["kind"] == "leave" else request
 
     def run(
@@ -70,7 +70,8 @@ class Kept:
         self._forget_arguments()
         before = {name: value for name, value in self.namespace.items() if name not in request["push"]}
         try:
-            load_file(request["closure"], target)
+            if request["closure"] is not None:
+                load_file(request["closure"], target)
         except BaseException as error:
             return outcome_of(error, ()) | ({"loading": target.reading} if target.reading else {})
         finally:

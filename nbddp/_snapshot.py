@@ -67,6 +67,11 @@ class Snapshot:
     keep: list[Any]
     sizes: dict[str, int] = field(default_factory=dict)
 
+    @classmethod
+    def of_nothing(cls) -> Snapshot:
+        """Return one without even a stream, where nothing is to be sent."""
+        return cls(Stream(), [], [], set(), [], [])
+
     def release(self) -> None:
         """Let go of the data, once it is written; `met` and the rest stay."""
         self.stream.pieces.clear()

@@ -93,6 +93,10 @@ class Ladder:
         """Take all steps that remain so much later."""
         self.steps = [(at + seconds, step) for at, step in self.steps]
 
+    def add(self, step: Step, seconds: float) -> None:
+        """Take a step once more, so many seconds from now."""
+        self.steps = sorted([*self.steps, (time.monotonic() + seconds, step)], key=lambda step: step[0])
+
     @property
     def due(self) -> float:
         """When the next step is due; infinity after the last."""

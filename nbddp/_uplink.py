@@ -15,12 +15,13 @@ import fcntl
 import io
 import logging
 import os
-import queue
 import select
+import selectors
 import signal
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +31,8 @@ from nbddp._paths import RunDir
 # The signal on which a rank writes its Python stack to a file, also while it hangs inside a collective. A real-time
 # signal: SIGUSR1 and SIGUSR2 are the user's.
 STACK_SIGNAL = getattr(signal, "SIGRTMIN", 23) + 7  # 30 is SIGUSR1 on macOS, which has no others
+
+_C = ctypes.CDLL(None)
 
 _PIPE_SIZE = 1 << 20
 _F_SETPIPE_SZ = getattr(fcntl, "F_SETPIPE_SZ", None)
@@ -46,10 +49,17 @@ class Uplink:
     def __init__(self, run: RunDir, secret: str) -> None:
         self._secret = secret
         self._displays = 0
-        # What a kept rank is asked to do; None when the notebook is gone.
-        self.requests: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        # Where the main thread was at the last interrupt.
+        self._spot: tuple[int, int] | None = None
+        # What a kept rank is asked to do.
+        self._requests: deque[dict[str, Any]] = deque()
         self._lock = threading.Lock()
         self._sock = _wire.connect(run.socket)
+        self._inbox = _wire.Inbox(self._sock)
+        # Who reads from it has it in hand. A thread waits for it, but sees nothing while the main thread does.
+        self._in_hand = threading.Lock()
+        self._incoming = selectors.DefaultSelector()
+        self._incoming.register(self._sock, selectors.EVENT_READ)
         out, into = os.pipe()
         if _F_SETPIPE_SZ is not None:
             with contextlib.suppress(OSError):  # the user's limit on pipe memory
@@ -77,6 +87,7 @@ class Uplink:
             os.close(fd)
         # A worker process must not keep the connection of a dead rank open.
         os.register_at_fork(after_in_child=self._sock.close)
+        os.register_at_fork(after_in_child=self._incoming.close)
 
     def listen(self) -> None:
         """Listen for interrupts.
@@ -94,20 +105,37 @@ class Uplink:
         runs its handler.
         """
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        inbox = _wire.Inbox(self._sock)
-        spot = None
-        while not inbox.closed:
-            for message in inbox.receive():
-                if message["kind"] == "interrupted":
-                    spot = _main_threads_spot()
-                elif message["kind"] in ("cell", "regroup", "leave"):
-                    self.requests.put(message)
-                elif message["kind"] == "look":
-                    with contextlib.suppress(OSError):  # the kernel is gone
-                        self._send("at", **_where())
-                elif message["kind"] == "break off" and spot is not None and spot == _main_threads_spot():
-                    _process.break_off()
-        self.requests.put(None)
+        while not self._inbox.closed:
+            self._incoming.select()
+            with self._in_hand:
+                if self._incoming.select(0):
+                    self._receive()
+
+    def next_request(self) -> dict[str, Any] | None:
+        """Wait for what this rank is to do next; None when the notebook is gone.
+
+        The calling thread does so itself: what is to run at once is not to wait until another thread has woken it.
+        """
+        with self._in_hand:
+            self._incoming.unregister(self._sock)
+            try:
+                while not self._requests and not self._inbox.closed:
+                    self._receive()
+            finally:
+                self._incoming.register(self._sock, selectors.EVENT_READ)
+        return self._requests.popleft() if self._requests else None
+
+    def _receive(self) -> None:
+        for message in self._inbox.receive():
+            if message["kind"] == "interrupted":
+                self._spot = _main_threads_spot()
+            elif message["kind"] in ("cell", "regroup", "leave"):
+                self._requests.append(message)
+            elif message["kind"] == "look":
+                with contextlib.suppress(OSError):  # the kernel is gone
+                    self._send("at", **_where())
+            elif message["kind"] == "break off" and self._spot is not None and self._spot == _main_threads_spot():
+                _process.break_off()
 
     def publish(
         self, data: dict[str, Any], metadata: dict[str, Any], transient: dict[str, Any], update: bool, value: bool
@@ -171,11 +199,26 @@ class Uplink:
         """Tell that this rank waits for its first cell."""
         self._send("ready")
 
-    def idle(self, pickled: str | None, held: dict[str, str], backend: str) -> None:
-        """Tell that nothing more of this cell is to come, where its exception is, and what this rank holds now."""
+    def idle(
+        self,
+        held: dict[str, str],
+        backend: str,
+        *,
+        report: dict[str, Any] | None = None,
+        pickled: str | None = None,
+    ) -> None:
+        """Tell that nothing more of this cell is to come, and what this rank holds now.
+
+        Args:
+            held: The types of the names that it holds.
+            backend: That of its process group.
+            report: How the cell ended, if that is not told yet: the notebook need not wake for it twice.
+            pickled: Where the cell's exception is.
+        """
         with self._lock, _whole():
             flush()
-            _wire.send(self._sock, "idle", pickled=pickled, held=held, backend=backend)
+            told = b"" if report is None else _wire.encode("report", time=time.monotonic(), **report)
+            self._sock.sendall(told + _wire.encode("idle", pickled=pickled, held=held, backend=backend))
 
     def regrouped(self, problem: str) -> None:
         """Tell that this rank is in the new process group, or what has kept it out."""
@@ -288,4 +331,4 @@ def flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):  # the user may have replaced or closed them
             stream.flush()
-    ctypes.CDLL(None).fflush(None)
+    _C.fflush(None)
