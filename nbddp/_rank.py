@@ -148,10 +148,11 @@ def _enter(*, init: bool, backend: str | None, gpus: bool, **_: Any) -> str:
     if _state.run_dir is not None:
         if not forked:
             _process.die_with_parent(os.getppid())
-        # A process started by one that ignores SIGINT, as the launcher does, would never see a KeyboardInterrupt.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         _state.notebook = _uplink.Uplink(_state.run_dir, secret)
         _state.notebook.listen()
+        # Only now that there is whom to tell (see `nbddp._repair`). And a process that was started by one that ignores
+        # SIGINT, as the launcher does, would never see a KeyboardInterrupt.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     elif "RANK" not in os.environ:
         raise SystemExit(f"run this with torchrun: torchrun --nproc-per-node 2 {sys.argv[0]}")
     _complete("connected")

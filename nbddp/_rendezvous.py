@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import socket
 from collections.abc import Callable
 from datetime import timedelta
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +28,21 @@ BACKEND = "nbddp"
 LOOPBACK = "127.0.0.1"
 
 _TIMEOUT = timedelta(seconds=900)  # torchrun's own default
+
+# The signal that has asked this agent to end.
+_asked_by: signal.Signals | None = None
+
+
+def note(signum: int, frame: FrameType | None) -> None:
+    """Handle a signal that asks the agent to end, in torchrun's stead.
+
+    Its own handler raises wherever the agent is. Inside `logging`, or in what Python itself calls, such as a finalizer,
+    the exception is printed at most, and the agent goes on. This one raises nothing: the agent ends when it next asks
+    its rendezvous whether there are new nodes, which it does whenever it looks at its ranks, the first time when all of
+    them are started.
+    """
+    global _asked_by
+    _asked_by = signal.Signals(signum)
 
 
 def get_handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
@@ -60,6 +77,7 @@ def serve_store(holder: socket.socket, timeout: timedelta = _TIMEOUT) -> Any:
 
 def _create_handler(params: RendezvousParameters) -> RendezvousHandler:
     from torch.distributed import HashStore
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.rendezvous import (
         RendezvousHandler,
         RendezvousInfo,
@@ -105,6 +123,10 @@ def _create_handler(params: RendezvousParameters) -> RendezvousHandler:
 
         def num_nodes_waiting(self) -> int:
             # torchrun asks this whenever it looks at its ranks.
+            if _asked_by is not None:
+                # Ranks have half a minute to end. Who asks once more does not want to wait for them.
+                signal.signal(_asked_by, signal.SIG_DFL)
+                raise SignalException(f"{_asked_by.name} asks the agent to end", sigval=_asked_by)
             if self._holder is not None and select.select([self._holder], [], [], 0)[0]:
                 self._serve()
             return 0

@@ -215,6 +215,8 @@ def new_kernel() -> Kernel:
     kernel.ok("import resource\nresource.setrlimit(resource.RLIMIT_CORE, (0, 0))")
     kernel.ok(f"%load_ext nbddp\n%config DDPMagics.grace = {GRACE}")
     kernel.ok("%%ddp --cpus 2\npass")
+    # Its agent must not be taken for that of the first round.
+    wait_for(lambda: (launcher := launcher_of(kernel)) is not None and not launcher.children(), _GONE)
     return kernel
 
 
