@@ -169,7 +169,7 @@ def _enter(*, init: bool, backend: str | None, gpus: bool, **_: Any) -> str:
     dist.set_debug_level_from_env()
     device = _group.own_device(gpus, forked=forked)
     _group.let_user_take_over()
-    _group.look_at_peers_of_new_groups()
+    _group.look_after_new_groups()
     if init:
         _group.init(backend, device, _state.run_dir)
     _complete("process group")
