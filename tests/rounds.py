@@ -363,6 +363,8 @@ class _Round:
             self._result.how.append(f"{ending or 'running'} after {time.monotonic() - began:.2f} s")
         else:
             self._result.how.append(f"the kernel was gone after {time.monotonic() - began:.2f} s")
+            if plan.victim != "kernel":
+                problems.append("the kernel is gone, and nobody has hit it")
 
     def _over(self, request: Request, seconds: float) -> bool:
         return request.wait(seconds, lambda: not self._kernel.alive()) or not self._kernel.alive()
