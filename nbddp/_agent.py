@@ -16,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nbddp import _process, _repair, _settings, _wire
+from nbddp import _process, _rendezvous, _repair, _settings, _wire
 from nbddp._paths import RunDir
 from nbddp._rendezvous import BACKEND, LOOPBACK
 
@@ -130,6 +130,7 @@ def run_forked(launch: Launch, parent: int) -> None:
         # torch leaves a file in the temporary directory for each rank that raises; the ranks get their own back.
         tempfile.tempdir = run.temp
         os.register_at_fork(before=_flush)
+        _repair.hold_signals_at_forks()
         code = _serve(run, launch.torchrun_arguments())
     except BaseException:
         import traceback
@@ -160,6 +161,8 @@ def _torchrun(arguments: list[str]) -> list[tuple[int, int]]:
 
     _look_no_names_up()
     config, command, command_arguments = torchrun.config_from_args(_parse(arguments))
+    if config.rdzv_backend == BACKEND:
+        _note_signals()
     if hasattr(config, "numa_options"):
         config.numa_options = None
     try:
@@ -178,6 +181,17 @@ def _look_no_names_up() -> None:
 
     if hasattr(api, "_get_fq_hostname"):
         api._get_fq_hostname = socket.gethostname
+
+
+def _note_signals() -> None:
+    """Have signals end torchrun where it can end; `nbddp._rendezvous.note` says why.
+
+    Not where the rendezvous is torchrun's own, which asks nobody.
+    """
+    from torch.distributed.elastic.multiprocessing import api
+
+    if hasattr(api, "_terminate_process_handler"):
+        api._terminate_process_handler = _rendezvous.note
 
 
 def _parse(arguments: list[str]) -> Any:

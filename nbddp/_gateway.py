@@ -251,7 +251,7 @@ class Gateway:
         """Pass on what the kernel says to a rank."""
         node = self.placement.node_of(number)
         match message["kind"]:
-            case "cell":
+            case "cell" if message["closure"] is not None:
                 # What it uses goes to each node once, and before the first rank is told.
                 path = message["closure"]
                 name = os.path.basename(path)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gc
 import os
+import time
 from typing import Any
 
 import torch
@@ -28,6 +29,13 @@ _ours: Any = None
 # Kept for as long as the process lives: a FileStore that goes writes to its file once more, and if the run's directory
 # has just been deleted it waits for that as long as its timeout says.
 _store: Any = None
+
+# Of each group that gloo has connected: its store, and a key for each member, which is there when it has joined.
+_joined: list[tuple[Any, list[str]]] = []
+
+# Seconds to wait for members of a group that are about to join it. They are connected; on a busy machine they may have
+# to wait for a core.
+_JOIN_SECONDS = 30.0
 
 
 class CannotForkError(Exception):
@@ -106,8 +114,11 @@ def let_user_take_over() -> None:
     dist.init_process_group = init_process_group
 
 
-def look_at_peers_of_new_groups() -> None:
-    """Have every process group that is made see that its new connections are this user's; see `nbddp._peers`."""
+def look_after_new_groups() -> None:
+    """Have every process group that is made see that its new connections are this user's, and say that it is made.
+
+    See `nbddp._peers` and `_wait_for_who_joins`.
+    """
     original = distributed_c10d._new_process_group_helper
 
     @functools.wraps(original)
@@ -115,15 +126,40 @@ def look_at_peers_of_new_groups() -> None:
         before = _peers.connections()
         made = original(*args, **kwargs)
         _peers.refuse_strangers(_peers.connections() - before)
+        _say_joined(*made)
         return made
 
     distributed_c10d._new_process_group_helper = new_process_group
+
+
+def _say_joined(group: Any, store: Any) -> None:
+    # Other backends connect when they are first used; and who is no member has no store.
+    if store is not None and "gloo" in dist.get_backend_config(group):
+        keys = [f"nbddp joined {rank}" for rank in range(group.size())]
+        with contextlib.suppress(RuntimeError):  # it cannot be written to
+            store.set(keys[group.rank()], "")
+            _joined.append((store, keys))
+
+
+def _wait_for_who_joins() -> None:
+    """Wait until gloo has made the groups of this rank in the other members, too.
+
+    Of two that connect to each other one is done when it has sent its word, the other when it has read it. If the first
+    closes the connection before that, since its cell is a short one, the second cannot make its group.
+    """
+    deadline = time.monotonic() + _JOIN_SECONDS
+    for store, keys in _joined:
+        with contextlib.suppress(RuntimeError):  # a store of the cell's own that is gone
+            while not store.check(keys) and time.monotonic() < deadline:
+                time.sleep(0.02)
+    _joined.clear()
 
 
 def release() -> None:
     """Destroy the default group if it is still nbddp's."""
     global _ours
     if _ours is not None and dist.is_initialized() and dist.group.WORLD is _ours:
+        _wait_for_who_joins()
         dist.destroy_process_group()
     _ours = None
 
@@ -132,6 +168,7 @@ def destroy() -> None:
     """Destroy whatever groups the cell leaves."""
     global _ours
     _ours = None
+    _wait_for_who_joins()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -151,6 +188,7 @@ def make_anew(backend: str, device: str, run_dir: RunDir, place: int) -> None:
         place: The number of the meeting place.
     """
     wrappers = _wrappers_on_default_group()
+    _joined.clear()
     if dist.is_initialized():
         abort = getattr(distributed_c10d, "_abort_process_group", None)
         if "nccl" in dist.get_backend() and abort is not None:

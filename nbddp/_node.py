@@ -658,7 +658,7 @@ class Node:
         rank = self._alive(number)
         if rank is None:
             return
-        if "closure" in message:
+        if message.get("closure") is not None:
             message = {**message, "closure": self._paths[message["closure"]]}
         fields = {key: value for key, value in message.items() if key != "kind"}
         rank.inbox.sock.settimeout(5.0)

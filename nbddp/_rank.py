@@ -148,10 +148,11 @@ def _enter(*, init: bool, backend: str | None, gpus: bool, **_: Any) -> str:
     if _state.run_dir is not None:
         if not forked:
             _process.die_with_parent(os.getppid())
-        # A process started by one that ignores SIGINT, as the launcher does, would never see a KeyboardInterrupt.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         _state.notebook = _uplink.Uplink(_state.run_dir, secret)
         _state.notebook.listen()
+        # Only now that there is whom to tell (see `nbddp._repair`). And a process that was started by one that ignores
+        # SIGINT, as the launcher does, would never see a KeyboardInterrupt.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     elif "RANK" not in os.environ:
         raise SystemExit(f"run this with torchrun: torchrun --nproc-per-node 2 {sys.argv[0]}")
     if (here := os.environ.pop(_settings.GPUS, None)) is not None:
@@ -170,7 +171,7 @@ def _enter(*, init: bool, backend: str | None, gpus: bool, **_: Any) -> str:
     dist.set_debug_level_from_env()
     device = _group.own_device(gpus, forked=forked)
     _group.let_user_take_over()
-    _group.look_at_peers_of_new_groups()
+    _group.look_after_new_groups()
     if init:
         _group.init(backend, device, _state.run_dir)
     _complete("process group")

@@ -21,6 +21,7 @@ import signal
 import socket
 from collections.abc import Callable
 from datetime import timedelta
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from nbddp import _process
@@ -32,6 +33,21 @@ BACKEND = "nbddp"
 LOOPBACK = "127.0.0.1"
 
 _TIMEOUT = timedelta(seconds=900)  # torchrun's own default
+
+# The signal that has asked this agent to end.
+_asked_by: signal.Signals | None = None
+
+
+def note(signum: int, frame: FrameType | None) -> None:
+    """Handle a signal that asks the agent to end, in torchrun's stead.
+
+    Its own handler raises wherever the agent is. Inside `logging`, or in what Python itself calls, such as a finalizer,
+    the exception is printed at most, and the agent goes on. This one raises nothing: the agent ends when it next asks
+    its rendezvous whether there are new nodes, which it does whenever it looks at its ranks, the first time when all of
+    them are started.
+    """
+    global _asked_by
+    _asked_by = signal.Signals(signum)
 
 
 def get_handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
@@ -82,6 +98,7 @@ def serve_store(holder: socket.socket, timeout: timedelta = _TIMEOUT) -> Any:
 
 def _create_handler(params: RendezvousParameters) -> RendezvousHandler:
     from torch.distributed import HashStore, PrefixStore, TCPStore
+    from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.rendezvous import (
         RendezvousHandler,
         RendezvousInfo,
@@ -92,12 +109,8 @@ def _create_handler(params: RendezvousParameters) -> RendezvousHandler:
 
     in_run = _settings.RUN_DIR in os.environ
 
-    class LoopbackRendezvous(RendezvousHandler):
-        """One agent on one machine: there is nobody to wait for."""
-
-        def __init__(self) -> None:
-            self._store: Any = None
-            self._holder: socket.socket | None = None
+    class Rendezvous(RendezvousHandler):
+        """What both kinds have in common."""
 
         def get_backend(self) -> str:
             return BACKEND
@@ -105,6 +118,34 @@ def _create_handler(params: RendezvousParameters) -> RendezvousHandler:
         @property
         def use_agent_store(self) -> bool:
             return True
+
+        def is_closed(self) -> bool:
+            return False
+
+        def set_closed(self) -> None:
+            pass
+
+        def num_nodes_waiting(self) -> int:
+            # torchrun asks this whenever it looks at its ranks.
+            if _asked_by is not None:
+                # Ranks have half a minute to end. Who asks once more does not want to wait for them.
+                signal.signal(_asked_by, signal.SIG_DFL)
+                raise SignalException(f"{_asked_by.name} asks the agent to end", sigval=_asked_by)
+            return 0
+
+        def get_run_id(self) -> str:
+            return params.run_id
+
+        def shutdown(self) -> bool:
+            # Called twice by torch 2.6 and 2.7. The store goes with the process that serves it.
+            return True
+
+    class LoopbackRendezvous(Rendezvous):
+        """One agent on one machine: there is nobody to wait for."""
+
+        def __init__(self) -> None:
+            self._store: Any = None
+            self._holder: socket.socket | None = None
 
         def next_rendezvous(self) -> RendezvousInfo:
             # Asked again before a restart: a new port, since the keys of the last attempt would mislead the ranks.
@@ -119,59 +160,22 @@ def _create_handler(params: RendezvousParameters) -> RendezvousHandler:
             if self._holder is not None:
                 self._store, self._holder = serve_store(self._holder), None
 
-        def is_closed(self) -> bool:
-            return False
-
-        def set_closed(self) -> None:
-            pass
-
         def num_nodes_waiting(self) -> int:
-            # torchrun asks this whenever it looks at its ranks.
             if self._holder is not None and select.select([self._holder], [], [], 0)[0]:
                 self._serve()
-            return 0
+            return super().num_nodes_waiting()
 
-        def get_run_id(self) -> str:
-            return params.run_id
-
-        def shutdown(self) -> bool:
-            # Called twice by torch 2.6 and 2.7. The store goes with the agent's process.
-            return True
-
-    class NodesRendezvous(RendezvousHandler):
+    class NodesRendezvous(Rendezvous):
         """Several agents, each of which knows its number, and where the store is that is served for them."""
 
         def __init__(self, number: int) -> None:
             self._number = number
 
-        def get_backend(self) -> str:
-            return BACKEND
-
-        @property
-        def use_agent_store(self) -> bool:
-            return True
-
         def next_rendezvous(self) -> RendezvousInfo:
             host, port = _machines.parse_endpoint(params.endpoint)
             store = TCPStore(host, port, is_master=False, timeout=_TIMEOUT, wait_for_workers=False)
-            return RendezvousInfo(
-                PrefixStore("agents", store), self._number, params.max_nodes, RendezvousStoreInfo(host, port)
-            )
-
-        def is_closed(self) -> bool:
-            return False
-
-        def set_closed(self) -> None:
-            pass
-
-        def num_nodes_waiting(self) -> int:
-            return 0
-
-        def get_run_id(self) -> str:
-            return params.run_id
-
-        def shutdown(self) -> bool:
-            return True
+            agents = PrefixStore("agents", store)
+            return RendezvousInfo(agents, self._number, params.max_nodes, RendezvousStoreInfo(host, port))
 
     if params.max_nodes == 1:
         return LoopbackRendezvous()

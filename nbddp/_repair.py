@@ -20,6 +20,14 @@ from nbddp import _process
 # The pid of the agent that is about to fork ranks from this process's image; None where ranks are new interpreters.
 agent_pid: int | None = None
 
+# What torchrun, the launcher and Python have handlers for in the agent.
+_HANDLED = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGQUIT", "SIGINT", "SIGCHLD", "SIGUSR1", "SIGUSR2")
+)
+
+# While the agent forks: what was blocked before.
+_blocked: set[int | signal.Signals] | None = None
+
 # Found once, in the launcher: threadpoolctl's search of the loaded libraries takes some milliseconds.
 _libraries: Any = None
 
@@ -42,6 +50,28 @@ def is_forked_rank() -> bool:
     return agent_pid is not None and os.getpid() != agent_pid
 
 
+def hold_signals_at_forks() -> None:
+    """Have signals wait while the agent forks, and each rank be without its handlers from the first moment.
+
+    A signal that came in between was lost: functions that Python calls around a fork may raise what they want, it is
+    only printed. The agent then went on as if nothing had been; or a rank did, of which the agent thought that it would
+    end, and waited for it while it waited for others that had.
+    """
+    # Of what is called around a fork, what is registered last comes first before it, and last after it.
+    os.register_at_fork(before=_hold, after_in_parent=_release, after_in_child=_signals)
+
+
+def _hold() -> None:
+    global _blocked
+    # A rank's own children are forked with these, too.
+    _blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _HANDLED) if os.getpid() == agent_pid else None
+
+
+def _release() -> None:
+    if _blocked is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _blocked)
+
+
 def repair(temp: str) -> None:
     """Make a forked rank like a new process.
 
@@ -51,7 +81,6 @@ def repair(temp: str) -> None:
     """
     assert agent_pid is not None
     _process.die_with_parent(agent_pid)
-    _signals()
     pipes = _descriptors()
     _environment()
     _threads()
@@ -60,11 +89,16 @@ def repair(temp: str) -> None:
 
 
 def _signals() -> None:
-    """Undo torchrun's handlers, which raise SignalException where a cell expects KeyboardInterrupt."""
+    """Undo the agent's handlers in a rank.
+
+    SIGINT ends it, too, until there is somebody to tell of a KeyboardInterrupt: the process that torch makes of a rank
+    takes one for a good end, and its agent then waits for ever for what the rank has returned.
+    """
+    if _blocked is None:
+        return
     signal.set_wakeup_fd(-1)
-    for name in ("SIGTERM", "SIGHUP", "SIGQUIT", "SIGCHLD", "SIGUSR1", "SIGUSR2"):
-        signal.signal(getattr(signal, name), signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for signum in _HANDLED:
+        signal.signal(signum, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
 
 

@@ -85,6 +85,8 @@ def error_of(ending: Ending, run: Circumstances) -> BaseException:
         if first is None and run.launch.nnodes > 1:
             return LaunchError(f"{what}: {_machines.explanation(run.launch, words)}")
         if first is None:
+            if ending.agent_status is not None and ending.agent_status < 0:
+                what += f": its agent {how_it_died(ending.agent_status)}"
             return LaunchError(what, notes=(*words, *_hindrances(run)))
     said_nothing = first.outcome is None and first.failing is None
     if ending.agent_status is not None and ending.agent_status < 0 and said_nothing:

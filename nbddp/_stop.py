@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import Enum
 from types import FrameType
@@ -36,6 +39,9 @@ STACK_SECONDS = 0.05
 
 # Seconds between SIGTERM and SIGKILL.
 TERM_SECONDS = 0.5
+
+# How the file names of Python's own import functions begin.
+_IMPORTING = "<frozen importlib."
 
 
 class Step(Enum):
@@ -158,14 +164,43 @@ class InterruptGate:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
-        """Let an interrupt raise KeyboardInterrupt in what may safely be torn, such as pickling."""
+        """Let an interrupt raise KeyboardInterrupt in what may safely be torn, such as pickling.
+
+        Not in an import that this leads to: it raises when all is done, or at the next press outside of one. torch, for
+        one, of which half was imported, ends the process when it is imported again.
+        """
         if not self._main:
             yield
             return
         if self.presses:
             raise KeyboardInterrupt
-        signal.signal(signal.SIGINT, self._previous or signal.default_int_handler)
+        handler = self._previous or signal.default_int_handler
+        if callable(handler):
+            handler = functools.partial(self._tear, handler, set(_callers(sys._getframe())))
+        signal.signal(signal.SIGINT, handler)
         try:
             yield
         finally:
             signal.signal(signal.SIGINT, self._press)
+        if self.presses:
+            raise KeyboardInterrupt
+
+    def _tear(
+        self,
+        handler: Callable[[int, FrameType | None], Any],
+        outside: set[FrameType],
+        signum: int,
+        frame: FrameType | None,
+    ) -> None:
+        inside = itertools.takewhile(lambda caller: caller not in outside, _callers(frame))
+        if any(caller.f_code.co_filename.startswith(_IMPORTING) for caller in inside):
+            self._press(signum, frame)
+        else:
+            handler(signum, frame)
+
+
+def _callers(frame: FrameType | None) -> Iterator[FrameType]:
+    """Yield a frame and those that wait for it."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

@@ -215,6 +215,8 @@ def new_kernel() -> Kernel:
     kernel.ok("import resource\nresource.setrlimit(resource.RLIMIT_CORE, (0, 0))")
     kernel.ok(f"%load_ext nbddp\n%config DDPMagics.grace = {GRACE}")
     kernel.ok("%%ddp --cpus 2\npass")
+    # Its agent must not be taken for that of the first round.
+    wait_for(lambda: (launcher := launcher_of(kernel)) is not None and not launcher.children(), _GONE)
     return kernel
 
 
@@ -361,6 +363,8 @@ class _Round:
             self._result.how.append(f"{ending or 'running'} after {time.monotonic() - began:.2f} s")
         else:
             self._result.how.append(f"the kernel was gone after {time.monotonic() - began:.2f} s")
+            if plan.victim != "kernel":
+                problems.append("the kernel is gone, and nobody has hit it")
 
     def _over(self, request: Request, seconds: float) -> bool:
         return request.wait(seconds, lambda: not self._kernel.alive()) or not self._kernel.alive()

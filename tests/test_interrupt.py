@@ -17,7 +17,7 @@ def test_while_running_ranks_clean_up_and_say_where_they_were(kernel: Kernel) ->
         "%%ddp --cpus 2\nimport time; dist.barrier()\nprint('up')\ntry:\n    time.sleep(60)\n"
         "finally:\n    print('cleaned')",
         "[rank 1] up",
-        kernel.interrupt,
+        lambda: (time.sleep(0.3), kernel.interrupt()),  # the other one, too
     )
     assert reply.error == "KeyboardInterrupt"
     assert "[rank 0] cleaned" in reply.text
@@ -221,3 +221,29 @@ def test_interrupted_training_that_is_caught_brings_its_model_back(kernel: Kerne
         )
         assert reply.status == "ok", reply.text + reply.traceback
         assert kernel.get("steps") > 0
+
+
+# The user's press, while the kernel imports torch to load results; by then its C++ part is there.
+PRESSES = """
+import os, signal, sys
+class Presses:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch.storage":
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Presses())
+"""
+
+
+def test_while_the_notebook_imports_what_results_need(new_kernel: Callable[..., Kernel]) -> None:
+    kernel = new_kernel()
+    kernel.ok(PRESSES)
+    assert kernel.get("'torch' in sys.modules") is False
+    make = "%%ddp --cpus 1 --out x\nimport torch\nx = torch.ones(3)"
+    reply = kernel.run(make)
+    assert reply.error == "KeyboardInterrupt", reply.traceback
+    assert reply.message == "interrupted while the results were loaded; nothing was assigned"
+    assert kernel.get("'x' in globals()") is False
+    # torch ends a process that imports it again when it was half imported.
+    assert kernel.ok(make).status == "ok"
+    assert kernel.get("x.sum().item()") == 3

@@ -302,3 +302,39 @@ def test_hanging_up_closes_connections_and_nothing_else() -> None:
         os.close(fd)
     for sock in (peer, server):
         sock.close()
+
+
+# The second of two ranks is stopped for a moment as soon as it has said where it listens.
+LATE = """%%ddp --cpus 2 --no-init
+import os, signal, subprocess
+import torch.distributed as dist
+
+class Late(dist.Store):
+    def __init__(self, store):
+        super().__init__()
+        self.store = store
+    def get(self, key):
+        return self.store.get(key)
+    def wait(self, *keys_and_timeout):
+        return self.store.wait(*keys_and_timeout)
+    def add(self, key, count):
+        return self.store.add(key, count)
+    def check(self, keys):
+        return self.store.check(keys)
+    def set(self, key, value):
+        self.store.set(key, value)
+        if rank and not dist.is_initialized():
+            subprocess.Popen(["sh", "-c", f"sleep 0.3; kill -CONT {os.getpid()}"])
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+store = Late(dist.FileStore(PLACE, 2))
+dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+print("there")
+"""
+
+
+def test_a_rank_that_is_done_at_once_leaves_no_other_behind_that_still_connects(kernel: Kernel, tmp_path: Path) -> None:
+    # Which of the two connects to the other depends on their ports: it is the same in all turns once in 32 times.
+    for turn in range(6):
+        reply = kernel.ok(LATE.replace("PLACE", repr(str(tmp_path / f"{turn}"))))
+        assert sorted(reply.lines) == ["[rank 0] there", "[rank 1] there"]
