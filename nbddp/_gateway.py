@@ -455,7 +455,10 @@ class Gateway:
                 self._start_if_ready()
             case "meet":
                 self._endpoint = message["endpoint"]
-                self._start_if_ready()
+                if self._started:
+                    self._send(-1, "restart", attempt=self._attempt, endpoint=self._endpoint)
+                else:
+                    self._start_if_ready()
             case "told to end":
                 # Who it was is known in a moment, from the client's words.
                 self._spawn(self._explain_soon(node, message["by"]))
@@ -478,7 +481,8 @@ class Gateway:
                 if message["attempt"] == self._attempt:
                     self._attempt += 1
                     self._agents_ended = 0
-                    self._send(-1, "restart", attempt=self._attempt)
+                    # The keys of the attempt before would mislead agents and ranks: another store.
+                    self._send(0, "meet")
             case "agent end":
                 self._failures += [(rank, code) for rank, code in message["failures"]]
                 for number, exitcode in message["failures"]:

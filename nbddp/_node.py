@@ -332,7 +332,7 @@ class Node:
                     _process.signal_main_thread(rank.pid, rank.pidfd, STACK_SIGNAL)
                     self._after(_STACK_SECONDS, functools.partial(self._send_stack_soon, rank, _STACK_LOOKS))
             case "restart":
-                self._restart(message["attempt"])
+                self._restart(message["attempt"], message["endpoint"])
             case "finish" | "kill":
                 self._finish(message)
 
@@ -489,9 +489,10 @@ class Node:
         if self._attempt == self._restarts:
             self._end()
 
-    def _restart(self, attempt: int) -> None:
+    def _restart(self, attempt: int, endpoint: str) -> None:
         """Start the agent again; ranks of another node have failed, or this one's own, and none goes on alone."""
         self._attempt = attempt
+        self._how_to_start = {**self._how_to_start, "endpoint": endpoint}
         if self._run_channel is None:
             self._start(self._how_to_start)
         else:

@@ -174,8 +174,7 @@ def _create_handler(params: RendezvousParameters) -> RendezvousHandler:
         def next_rendezvous(self) -> RendezvousInfo:
             host, port = _machines.parse_endpoint(params.endpoint)
             store = TCPStore(host, port, is_master=False, timeout=_TIMEOUT, wait_for_workers=False)
-            # The keys of the attempt before would mislead the agents.
-            agents = PrefixStore(f"agents/{os.environ.get(_settings.ATTEMPT, '0')}", store)
+            agents = PrefixStore("agents", store)
             return RendezvousInfo(agents, self._number, params.max_nodes, RendezvousStoreInfo(host, port))
 
     if params.max_nodes == 1:
