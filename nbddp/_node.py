@@ -65,8 +65,9 @@ from nbddp._memory import Meter
 from nbddp._paths import RunDir
 from nbddp._uplink import STACK_SIGNAL
 
-# Seconds between two looks at the ranks' memory.
+# Seconds between two looks at the ranks' memory, and until the first.
 _MEMORY_SECONDS = 2.0
+_MEMORY_SOON = 0.5
 
 # Seconds in which most ranks have written their stack, and how often is looked again.
 _STACK_SECONDS = 0.01
@@ -199,7 +200,7 @@ class Node:
         self._heard = time.monotonic()
         self._timers: list[tuple[float, Any]] = []
         self._memory: dict[int, str] = {}
-        self._memory_at = 0.0
+        self._memory_at = float("inf")
         self._over = False
         self._why = ""
         self._oom_kills = _process.oom_kills()
@@ -555,6 +556,7 @@ class Node:
             self._forget(old)
             old.close()
         self._ranks[rank.number] = rank
+        self._memory_at = min(self._memory_at, time.monotonic() + _MEMORY_SOON)
         self._send("rank", **{key: value for key, value in messages[0].items() if key != "kind"})
         self._loop.watch(rank.inbox.sock, functools.partial(self._hear, rank))
         self._outputs.register(rank.output, selectors.EVENT_READ, rank)

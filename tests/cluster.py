@@ -79,6 +79,18 @@ def missing(*commands: str) -> list[str]:
     return [command for command in commands if shutil.which(command, path=_PATH) is None]
 
 
+def why_no_slurm() -> str:
+    """Return what keeps a Slurm from being started here; an empty string if nothing does."""
+    if lacking := missing("munged", "slurmctld", "slurmd", "srun"):
+        return f"that takes {', '.join(lacking)}, which `make cluster` installs as root"
+    if not (address := own_address()).startswith("127."):
+        return (
+            "its daemons listen at the address to which this machine's name leads, "
+            f"{address or 'which is none'}, and must at one of loopback: see /etc/hosts"
+        )
+    return ""
+
+
 class Slurm:
     """A Slurm of one partition, "test"; all its nodes have two CPUs each, whatever this machine has.
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from tests.cluster import Namespaces, Slurm, Sshd, missing, own_address
+from tests.cluster import Namespaces, Slurm, Sshd, missing, why_no_slurm
 from tests.kernel import Kernel
 from tests.leftovers import MARK, leftovers, marked
 
@@ -117,12 +117,8 @@ def _need(what: str, *commands: str) -> None:
 
 @pytest.fixture(scope="module")
 def _module_slurm(private_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    _need("runs under Slurm", "munged", "slurmctld", "slurmd", "srun")
-    if not (address := own_address()).startswith("127."):
-        pytest.skip(
-            "NOT TESTED: runs under Slurm; its daemons listen at the address to which this machine's name leads, "
-            f"{address or 'which is none'}, and must at one of loopback: see /etc/hosts"
-        )
+    if why := why_no_slurm():
+        pytest.skip(f"NOT TESTED: runs under Slurm; {why}")
     slurm = Slurm(tmp_path_factory.mktemp("slurm"), gpus=2)
     yield slurm
     slurm.close()
