@@ -327,6 +327,8 @@ class Sshd:
     - "dead": nothing listens;
     - "silent": takes connections, and never says a word.
 
+    The last two are at this machine's loopback, wherever the hosts are.
+
     Args:
         folder: A new folder, for everything.
         hosts: Their names, and where they are.

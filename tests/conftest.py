@@ -117,7 +117,7 @@ def _need(what: str, *commands: str) -> None:
 
 @pytest.fixture(scope="module")
 def _module_slurm(private_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    _need("runs under Slurm", "munged", "slurmctld", "slurmd", "srun")
+    _need("runs under Slurm", "munged", "slurmctld", "slurmd", "srun", "setpriv")
     if not (address := own_address()).startswith("127."):
         pytest.skip(
             "NOT TESTED: runs under Slurm; its daemons listen at the address to which this machine's name leads, "
@@ -140,6 +140,11 @@ def slurm(_module_slurm: Slurm) -> Iterator[Slurm]:
 def _module_sshd(private_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
     _need("runs over ssh", "sshd", "ssh", "ssh-keygen", "setpriv")
     sshd = Sshd(tmp_path_factory.mktemp("sshd"))
+    tried = subprocess.run(sshd.command("a", "true"), capture_output=True, text=True, check=False, timeout=60)
+    if tried.returncode:
+        log = (sshd.folder / "a.log").read_text()
+        sshd.close()
+        pytest.skip(f"NOT TESTED: runs over ssh; sshd does not let this user in: {tried.stderr.strip()}\n{log}")
     yield sshd
     sshd.close()
 
