@@ -81,7 +81,7 @@ def missing(*commands: str) -> list[str]:
 
 def why_no_slurm() -> str:
     """Return what keeps a Slurm from being started here; an empty string if nothing does."""
-    if lacking := missing("munged", "slurmctld", "slurmd", "srun"):
+    if lacking := missing("munged", "slurmctld", "slurmd", "srun", "setpriv"):
         return f"that takes {', '.join(lacking)}, which `make cluster` installs as root"
     if not (address := own_address()).startswith("127."):
         return (
@@ -338,6 +338,8 @@ class Sshd:
     - "password": the first host, but the user's key is refused, where ssh would ask for a password;
     - "dead": nothing listens;
     - "silent": takes connections, and never says a word.
+
+    The last two are at this machine's loopback, wherever the hosts are.
 
     Args:
         folder: A new folder, for everything.

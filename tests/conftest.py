@@ -136,6 +136,11 @@ def slurm(_module_slurm: Slurm) -> Iterator[Slurm]:
 def _module_sshd(private_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
     _need("runs over ssh", "sshd", "ssh", "ssh-keygen", "setpriv")
     sshd = Sshd(tmp_path_factory.mktemp("sshd"))
+    tried = subprocess.run(sshd.command("a", "true"), capture_output=True, text=True, check=False, timeout=60)
+    if tried.returncode:
+        log = (sshd.folder / "a.log").read_text()
+        sshd.close()
+        pytest.skip(f"NOT TESTED: runs over ssh; sshd does not let this user in: {tried.stderr.strip()}\n{log}")
     yield sshd
     sshd.close()
 
