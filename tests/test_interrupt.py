@@ -133,10 +133,8 @@ def test_while_capturing(kernel: Kernel) -> None:
 
 
 def test_while_the_launcher_starts(new_kernel: Callable[..., Kernel]) -> None:
-    kernel = new_kernel(load=False)
-    reply = kernel.run_and_after(
-        "%load_ext nbddp\nget_ipython().run_cell_magic('ddp', '--cpus 2', 'print(1)')", 0.4, kernel.interrupt
-    )
+    kernel = new_kernel()  # the launcher imports for some seconds
+    reply = kernel.run_and_after("%%ddp --cpus 2\nprint(1)", 0.4, kernel.interrupt)
     assert reply.error == "KeyboardInterrupt"
     assert reply.seconds < 3
     assert kernel.ok("%%ddp --cpus 2\nprint('fine')").lines == ["[rank 0] fine", "[rank 1] fine"]
