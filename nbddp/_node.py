@@ -210,7 +210,7 @@ class Node:
         self._send(
             "hello",
             protocol=PROTOCOL,
-            host=socket.gethostname(),
+            host=self._here.name or socket.gethostname(),
             **versions(),
             job=self._here.job,
             pid=os.getpid(),
