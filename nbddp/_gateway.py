@@ -165,8 +165,9 @@ class _Node:
         self.heard = time.monotonic()
         self.gpus: int | None = None
         self.ended = False
-        # Whether it has said that it ends.
+        # Whether it has said that it ends; and whether it may, since its agent has ended well.
         self.told = False
+        self.done = False
         # What is to be added to its clock, and how sure that is: half of a round trip.
         self.offset = 0.0
         self._trip = float("inf")
@@ -406,16 +407,22 @@ class Gateway:
                     for number in client.link.nodes:
                         self._nodes[number].heard = time.monotonic()
         except (FrameError, KeyError) as error:
-            # A node that is killed in the middle of a line does that; then the engine has more to say.
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(client.process.wait(), _TORN_SECONDS)
-            if client.process.returncode is None:
-                self._lose(f"what came through {self._engine.title} is not what was sent: {error}")
+            self._spawn(self._give_up_torn(client, error))
+            # A client that is not read does not end.
+            while await client.process.stdout.read(_READ):
+                pass
         status = await client.process.wait()
         await asyncio.sleep(0.05)  # for the last words
         client.done = True
         if not all(self._nodes[number].ended for number in client.link.nodes):
             self._lose(self._engine.explain(client.link, status, list(client.words)))
+
+    async def _give_up_torn(self, client: _Client, error: Exception) -> None:
+        # A node that is killed in the middle of a line does that; then the engine has more to say.
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(client.process.wait(), _TORN_SECONDS)
+        if client.process.returncode is None:
+            self._lose(f"what came through {self._engine.title} is not what was sent: {error}")
 
     async def _read_words(self, client: _Client) -> None:
         assert client.process.stderr is not None
@@ -491,8 +498,7 @@ class Gateway:
                 node.ended = node.told = True
                 if all(other.ended for other in self._nodes.values()):
                     self._over.set()
-                elif self._ending is None and not self._told_lost:
-                    # Its agent has ended, and others' go on: by itself it ends only after that.
+                elif self._ending is None and not self._told_lost and not node.done:
                     self._spawn(self._explain_soon(node, ""))
             case kind:
                 self._take_of_ranks(node, kind, message)
@@ -512,6 +518,8 @@ class Gateway:
                     self._tell_agent("agent end", failures=self._failures)
             case "agent gone":
                 self._tell("agent log", lines=message["log"])
+                # Others may still be sending what their ranks have made.
+                node.done = message["status"] == 0
                 if message["status"] < 0:
                     how = _engines.how_it_ended(message["status"])
                     self._lose(f"torchrun's agent on {self._called(node)} {how}, and its ranks with it")

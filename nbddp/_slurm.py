@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -143,7 +144,8 @@ class Slurm(Engine):
         """Return what is asked for; what the user says wins over what nbddp does."""
         asked = self.placement
         options = [f"--job-name={asked.job}", f"--nodes={asked.nnodes}", f"--ntasks={asked.nnodes}"]
-        options += ["--ntasks-per-node=1", "--kill-on-bad-exit=1"]
+        # A node that is done first must not end the others, whatever the site's WaitTime is.
+        options += ["--ntasks-per-node=1", "--kill-on-bad-exit=1", "--wait=0"]
         words = shlex.split(asked.slurm)
         if self._allocation is not None:
             # Or the step would wait for the CPUs that the notebook's own step has.
@@ -172,7 +174,7 @@ class Slurm(Engine):
 
     def _partition(self) -> str:
         words = shlex.split(self.placement.slurm)
-        for word, following in zip(words, [*words[1:], ""], strict=True):
+        for word, following in itertools.pairwise([*words, ""]):
             if word in ("-p", "--partition"):
                 return following
             if word.startswith("--partition="):

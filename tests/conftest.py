@@ -110,19 +110,20 @@ def lab(_module_lab: Lab) -> Iterator[Lab]:
     _module_lab.close_notebooks()
 
 
-def _need(what: str, *commands: str) -> None:
+def need(what: str, *commands: str, loopback: bool = False) -> None:
+    """Skip where there are no such commands; or where Slurm's daemons would listen to the whole network."""
     if lacking := missing(*commands):
         pytest.skip(f"NOT TESTED: {what}; that takes {', '.join(lacking)}, which `make cluster` installs as root")
+    if loopback and not (address := own_address()).startswith("127."):
+        pytest.skip(
+            f"NOT TESTED: {what}; its daemons listen at the address to which this machine's name leads, "
+            f"{address or 'which is none'}, and must at one of loopback: see /etc/hosts"
+        )
 
 
 @pytest.fixture(scope="module")
 def _module_slurm(private_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    _need("runs under Slurm", "munged", "slurmctld", "slurmd", "srun")
-    if not (address := own_address()).startswith("127."):
-        pytest.skip(
-            "NOT TESTED: runs under Slurm; its daemons listen at the address to which this machine's name leads, "
-            f"{address or 'which is none'}, and must at one of loopback: see /etc/hosts"
-        )
+    need("runs under Slurm", "munged", "slurmctld", "slurmd", "srun", loopback=True)
     slurm = Slurm(tmp_path_factory.mktemp("slurm"), gpus=2)
     yield slurm
     slurm.close()
@@ -138,7 +139,7 @@ def slurm(_module_slurm: Slurm) -> Iterator[Slurm]:
 
 @pytest.fixture(scope="module")
 def _module_sshd(private_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
-    _need("runs over ssh", "sshd", "ssh", "ssh-keygen", "setpriv")
+    need("runs over ssh", "sshd", "ssh", "ssh-keygen", "setpriv")
     sshd = Sshd(tmp_path_factory.mktemp("sshd"))
     yield sshd
     sshd.close()
@@ -155,7 +156,7 @@ def sshd(_module_sshd: Sshd) -> Iterator[Sshd]:
 @pytest.fixture(scope="module")
 def namespaces(private_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespaces]:
     """Three machines, login, a and b, with addresses of their own."""
-    _need("machines with addresses of their own", "ip", "unshare", "nsenter", "setpriv")
+    need("machines with addresses of their own", "ip", "unshare", "nsenter", "setpriv")
     try:
         made = Namespaces(tmp_path_factory.mktemp("net"))
     except (ChildProcessError, subprocess.CalledProcessError) as error:
