@@ -159,6 +159,10 @@ class Slurm:
         shown = self.run("sinfo", "--noheader", "--Node", "--format=%N %T", check=False).stdout
         return dict(line.split() for line in shown.splitlines())
 
+    def steps(self) -> list[psutil.Process]:
+        """Return every slurmstepd on the nodes."""
+        return self._steps(*self.nodes)
+
     def kill_node(self, name: str) -> None:
         """Kill a node's slurmd and every slurmstepd there, as if at once; what runs below these lives on."""
         daemon = self._daemons.pop(name)

@@ -110,15 +110,21 @@ def lab(_module_lab: Lab) -> Iterator[Lab]:
     _module_lab.close_notebooks()
 
 
-def _need(what: str, *commands: str) -> None:
+def need(what: str, *commands: str) -> None:
+    """Skip where there are no such commands."""
     if lacking := missing(*commands):
         pytest.skip(f"NOT TESTED: {what}; that takes {', '.join(lacking)}, which `make cluster` installs as root")
 
 
-@pytest.fixture(scope="module")
-def _module_slurm(private_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+def need_slurm() -> None:
+    """Skip where no Slurm can be started."""
     if why := why_no_slurm():
         pytest.skip(f"NOT TESTED: runs under Slurm; {why}")
+
+
+@pytest.fixture(scope="module")
+def _module_slurm(private_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    need_slurm()
     slurm = Slurm(tmp_path_factory.mktemp("slurm"), gpus=2)
     yield slurm
     slurm.close()
@@ -134,7 +140,7 @@ def slurm(_module_slurm: Slurm) -> Iterator[Slurm]:
 
 @pytest.fixture(scope="module")
 def _module_sshd(private_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
-    _need("runs over ssh", "sshd", "ssh", "ssh-keygen", "setpriv")
+    need("runs over ssh", "sshd", "ssh", "ssh-keygen", "setpriv")
     sshd = Sshd(tmp_path_factory.mktemp("sshd"))
     tried = subprocess.run(sshd.command("a", "true"), capture_output=True, text=True, check=False, timeout=60)
     if tried.returncode:
@@ -156,7 +162,7 @@ def sshd(_module_sshd: Sshd) -> Iterator[Sshd]:
 @pytest.fixture(scope="module")
 def namespaces(private_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespaces]:
     """Three machines, login, a and b, with addresses of their own."""
-    _need("machines with addresses of their own", "ip", "unshare", "nsenter", "setpriv")
+    need("machines with addresses of their own", "ip", "unshare", "nsenter", "setpriv")
     try:
         made = Namespaces(tmp_path_factory.mktemp("net"))
     except (ChildProcessError, subprocess.CalledProcessError) as error:
