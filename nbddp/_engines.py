@@ -33,6 +33,9 @@ _MODULES = {"slurm": "nbddp._slurm", "ssh": "nbddp._ssh", "local": "nbddp._engin
 # Seconds that a question to an engine may take.
 _ASK_SECONDS = 10.0
 
+# Characters of a line of its words that are quoted.
+_LONGEST_WORDS = 300
+
 
 @dataclass(frozen=True)
 class Link:
@@ -76,10 +79,12 @@ class Engine(abc.ABC):
 
     Attributes:
         title: What messages call it.
+        answer_seconds: How long a node may take for its first word; None if it may have to wait in a queue.
         job: What the engine calls the job, once a node has said so; else empty.
     """
 
     title: ClassVar[str] = ""
+    answer_seconds: ClassVar[float | None] = None
 
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
@@ -178,7 +183,9 @@ def how_it_ended(status: int) -> str:
 
 def said(words: Sequence[str]) -> str:
     """Return the end of a sentence that quotes what was said last."""
-    return f". It said: {' | '.join(words[-3:])}" if words else ""
+    # Another machine's words do not steer this one's terminal.
+    printable = ("".join(c for c in one if c.isprintable())[:_LONGEST_WORDS] for one in words[-3:])
+    return f". It said: {' | '.join(printable)}" if words else ""
 
 
 def ask(argv: Sequence[str]) -> subprocess.CompletedProcess[str] | None:

@@ -31,6 +31,7 @@ Its life is a lease: when nothing has come for a while, or stdin ends, it ends e
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import select
@@ -39,6 +40,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -57,6 +59,7 @@ from nbddp._frames import (
     FrameError,
     LineWriter,
     Message,
+    check_name,
     versions,
 )
 from nbddp._loop import Loop
@@ -73,6 +76,11 @@ _STACK_LOOKS = 200
 
 # Seconds that the launcher has for its end before the node goes without waiting.
 _END_SECONDS = 10.0
+
+# Seconds in which the first node must be reached, and between two looks. Less than the lease: this is to be told. torch
+# itself would try for a quarter of an hour.
+_REACH_SECONDS = 10.0
+_REACH_LOOK_SECONDS = 0.02
 
 # Seconds that the notebook has to end this node's stdin after its last word, and between two looks.
 _GOODBYE_SECONDS = 5.0
@@ -207,6 +215,8 @@ class Node:
         os.set_blocking(self._stdin, False)
         self._loop.watch(self._stdin, self._read)
         self._loop.watch(self._outputs, self._read_outputs)
+        # A shell's greeting may not have ended its line.
+        self._writer.put(b"\n")
         self._send(
             "hello",
             protocol=PROTOCOL,
@@ -225,7 +235,8 @@ class Node:
         except (NbddpError, OSError, FrameError) as error:
             # Of this node alone; the notebook ends the others.
             self._why = str(error)
-            self._send("refused", reason=str(error))
+            # What is said of a notebook's own machine; here, it is told with the run.
+            self._send("refused", reason=self._why.replace(" and restart the kernel", ": --env TMPDIR=..."))
         return self._why
 
     def close(self) -> None:
@@ -310,7 +321,7 @@ class Node:
             case "meet":
                 self._meet()
             case "start":
-                self._start(message)
+                self._reach(message)
             case "tell":
                 self._tell(message["rank"], message["message"])
             case "signal":
@@ -335,6 +346,10 @@ class Node:
     def _launch(self, message: Message) -> None:
         self._setup = message
         self._env = {**os.environ, **message["env"]}
+        if "TMPDIR" in message["env"]:
+            # Files of runs are kept there, too.
+            os.environ["TMPDIR"] = message["env"]["TMPDIR"]
+            tempfile.tempdir = None
         # What the notebook's own machine is called by is none of this one's business.
         for name in (_settings.SESSION, _settings.RUN_DIR):
             self._env.pop(name, None)
@@ -347,6 +362,7 @@ class Node:
 
     def _begin_file(self, name: str, size: int) -> None:
         assert self._run_dir is not None
+        check_name(name, size, to_node=True)
         script = name == os.path.basename(self._run_dir.script)
         path = self._run_dir.script if script else self._run_dir.place(name, size)
         file = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")  # noqa: SIM115  # closed below
@@ -415,6 +431,34 @@ class Node:
         self._ask("serve store", lambda _: None, fds=(self._holder.fileno(),))
         self._holder.close()
         self._send("meet", endpoint=f"[{address}]:{port}" if ":" in address else f"{address}:{port}")
+
+    def _reach(self, message: Message) -> None:
+        """Start the agent once the first node, where all meet, has been reached from here."""
+        if message["endpoint"] is None or self._here.number == 0:
+            self._start(message)
+            return
+        address = _machines.parse_endpoint(message["endpoint"])
+        one = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+        one.setblocking(False)
+        one.connect_ex(address)
+        self._look_if_reached(one, time.monotonic() + _REACH_SECONDS, message)
+
+    def _look_if_reached(self, one: socket.socket, until: float, message: Message) -> None:
+        if select.select([], [one], [], 0)[1]:
+            failed = one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        elif time.monotonic() < until:
+            self._after(_REACH_LOOK_SECONDS, functools.partial(self._look_if_reached, one, until, message))
+            return
+        else:
+            failed = errno.ETIMEDOUT
+        one.close()
+        if failed:
+            raise OSError(
+                f"node0 cannot be reached from there at {message['endpoint']}, by which the engine reaches it: "
+                f"{os.strerror(failed)}. Ranks of all nodes talk to each other: node0 must have an address that leads "
+                "to it from every node, and no firewall between them"
+            )
+        self._start(message)
 
     def _start(self, message: Message) -> None:
         setup, run_dir = self._setup, self._run_dir
@@ -548,6 +592,9 @@ class Node:
             for key in ("results", "pickled"):
                 if message.get(key):
                     message[key] = self._send_file(message[key])
+                    if message[key] is None and key == "results":
+                        del message[key]
+                        message["bad_results"][""] = "what was to come back could not be read on its node"
             self._send("from", rank=rank.number, message=message)
 
     def _send_file(self, path: str) -> str | None:
@@ -648,9 +695,9 @@ class Node:
                 return
             rank.stack_asked = False
             rank.stacks_sent += len(text)
-            own = os.path.dirname(os.path.abspath(__file__)).encode()
-            text = text.replace(self._run_dir.root.encode(), self._setup["run_dir"].encode())
-            text = text.replace(own, self._setup["package"].encode())
+            own = os.fsencode(os.path.dirname(os.path.abspath(__file__)))
+            text = text.replace(os.fsencode(self._run_dir.root), os.fsencode(self._setup["run_dir"]))
+            text = text.replace(own, os.fsencode(self._setup["package"]))
             self._send("stack", rank=rank.number, text=text.decode(errors="replace"))
 
     def _tell(self, number: int, message: Message) -> None:
