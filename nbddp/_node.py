@@ -504,7 +504,8 @@ class Node:
             return wanted
         home = os.path.expanduser("~")
         here = home if os.path.isdir(home) else "/"
-        self._send("note", text=f"has no folder {wanted}; its ranks run in {here}")
+        if wanted:
+            self._send("note", text=f"has no folder {wanted}; its ranks run in {here}")
         return here
 
     def _launched(self, message: Message) -> None:
