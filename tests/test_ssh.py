@@ -129,8 +129,8 @@ def test_a_host_that_never_says_a_word(kernel: Kernel) -> None:
 )
 def test_a_host_is_no_option_and_no_command(kernel: Kernel, hosts: str) -> None:
     with pytest.raises(OptionError, match="--hosts"):
-        parse(f"--cpus 1 --hosts {shlex.quote(hosts)}")
-    reply = kernel.run(f"%%ddp --cpus 1 --hosts {shlex.quote(hosts)}\nprint('ran')")
+        parse(f"--cpus 1 --hosts={shlex.quote(hosts)}")
+    reply = kernel.run(f"%%ddp --cpus 1 --hosts={shlex.quote(hosts)}\nprint('ran')")
     assert reply.text.startswith("UsageError: --hosts ")
 
 
@@ -184,20 +184,21 @@ def test_the_command_is_the_same_for_every_shell(shell: str, tmp_path: Path) -> 
 
 def test_shells_that_greet_and_folders_with_odd_names(kernel: Kernel, sshd: Sshd, tmp_path: Path) -> None:
     """On a, a csh that is noisy; on b, bash with a start-up file that does not end its line; HOME, TMPDIR are odd."""
-    temp, home = (tmp_path / f"{name} {ODD}" for name in ("tmp", "home", "here"))
-    for folder in (temp, home, here):
+    temp, home = (tmp_path / f"{name} {ODD}" for name in ("tmp", "home"))
+    for folder in (temp, home):
         folder.mkdir()
-    (home / ".bashrc").write_text("printf 'Welcome to the cluster'\necho 'and mind the gap' >&2\nalias exec=false\n")
+    (home / ".bashrc").write_text("printf 'Welcome to the cluster'\necho 'and mind the gap' >&2\n")
     (home / ".cshrc").write_text("echo 'Welcome to csh'\n")
     hidden = tmp_path / "hidden"
     (hidden / "here").mkdir(parents=True)
+    script(tmp_path / "greeting", '. "$HOME/.bashrc"\neval "$SSH_ORIGINAL_COMMAND"')
     own = script(
         tmp_path / "login",
         f"export HOME={shlex.quote(str(home))} TMPDIR={shlex.quote(str(temp))} LC_ALL=C\n"
         f'[ $NBDDP_TEST_NODE = a ] && exec {shutil.which("csh") or "bash"} -c "$SSH_ORIGINAL_COMMAND"\n'
         # The notebook's folder is not there.
         f"mount -t tmpfs none {hidden} || exit 99\n"
-        'exec bash -c ". "\$HOME/.bashrc"; $SSH_ORIGINAL_COMMAND"',
+        f"exec bash {tmp_path}/greeting",
     )
     if subprocess.run(["unshare", "--mount", "true"], check=False, capture_output=True).returncode:
         pytest.skip("NOT TESTED: a node without the notebook's folder; hiding one takes root")
