@@ -274,7 +274,7 @@ def many(seconds: float) -> list[Table]:
         ("", "panel updates a second", "goal", "of one core", "goal", "kB of text a second", "kB a panel update"),
     )
     for count, goals in ((8, ("", "")), (64, (">= 2", "< 0.10"))):
-        runs = [_simulate(count, seconds) for _ in range(3)]
+        runs = [simulate(count, seconds) for _ in range(3)]
         screen = runs[-1][0]
         shares = sorted(used / seconds for _, used in runs)
         between = screen.panels[-1] - screen.panels[0]
@@ -292,7 +292,7 @@ def many(seconds: float) -> list[Table]:
     return [table]
 
 
-def _simulate(count: int, seconds: float) -> tuple[Counter, float]:
+def simulate(count: int, seconds: float) -> tuple[Counter, float]:
     """Return the screen and the processor seconds that were used, but for those of the pretended ranks."""
     secret, screen, loop = "0123456789abcdef", Counter(), Loop()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:

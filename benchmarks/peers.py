@@ -51,6 +51,8 @@ def environment() -> None:
         command = [python, "-m", "pip", "install", "--quiet", "--no-deps", "-r", str(REQUIREMENTS)]
         subprocess.run(command, check=True)
         made.write_text(wanted)
+    # torchrun is beside this interpreter, and not on the path where its environment is not active.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     os.execv(python, [python, *sys.argv])
 
 

@@ -205,6 +205,7 @@ class Gateway:
         self._ranks: dict[int, _Rank] = {}
         self._agent: socket.socket | None = None
         self._agents_ended = 0
+        self._attempt = 0
         self._failures: list[tuple[int, int]] = []
         self._over = asyncio.Event()
         self._ending: asyncio.Task[None] | None = None
@@ -505,7 +506,10 @@ class Gateway:
                 self._start_if_ready()
             case "meet":
                 self._endpoint = message["endpoint"]
-                self._start_if_ready()
+                if self._started:
+                    self._send(-1, "restart", attempt=self._attempt, endpoint=self._endpoint)
+                else:
+                    self._start_if_ready()
             case "told to end":
                 # Who it was is known in a moment, from the client's words.
                 self._spawn(self._explain_soon(node, message["by"]))
@@ -524,6 +528,12 @@ class Gateway:
         match kind:
             case "agent":
                 self._connect_agent(message["time"] + node.offset)
+            case "agent end" if message["failures"] and self._may_restart():
+                if message["attempt"] == self._attempt:
+                    self._attempt += 1
+                    self._agents_ended = 0
+                    # The keys of the attempt before would mislead agents and ranks: another store.
+                    self._send(0, "meet")
             case "agent end":
                 self._failures += [(rank, code) for rank, code in message["failures"]]
                 for number, exitcode in message["failures"]:
@@ -534,7 +544,7 @@ class Gateway:
                     self._tell_agent("agent end", failures=self._failures)
             case "agent gone":
                 self._tell("agent log", lines=message["log"])
-                if message["status"] < 0:
+                if message["status"] < 0 and not self._may_restart():
                     how = _engines.how_it_ended(message["status"])
                     self._lose(f"torchrun's agent on {self._called(node)} {how}, and its ranks with it")
             case "rank":
@@ -555,6 +565,10 @@ class Gateway:
             case "died":
                 if (rank := self._rank_of(node, message["rank"])) is not None:
                     rank.say("died", exitcode=message["exitcode"], oom_kills=message["oom_kills"])
+
+    def _may_restart(self) -> bool:
+        restarts = self._launch["max_restarts"] if self.placement.nnodes > 1 else 0
+        return self._attempt < restarts and self._ending is None
 
     async def _explain_soon(self, node: _Node, by: str) -> None:
         client = next(client for client in self._clients if node.number in client.link.nodes)

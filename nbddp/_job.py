@@ -187,17 +187,18 @@ def prepare(
     """
     times = {"began": time.monotonic()}
     said = Said(screen)
-    env = {**os.environ, **job.options.env}
-    # First, so that it imports while this process pickles. Ranks that are there have theirs.
-    starts_here = (kept is None or kept.world is None) and not job.options.placed
-    if starts_here and (changed := client.start(env)):
+    there = kept is not None and kept.world is not None
+    # Ranks that are there have theirs.
+    env = {} if there else {**os.environ, **job.options.env}
+    # First, so that it imports while this process pickles.
+    if not (there or job.options.placed) and (changed := client.start(env)):
         said(f"nbddp: {', '.join(changed)} changed, which torch reads when it loads; loading it anew")
     if kept is not None:
         kept.check(job.options)
     # What these ranks are called is theirs, for as long as they stay.
     held = (kept.held_by_all() | {*GIVEN_NAMES}) - frozenset(job.push) if kept is not None else frozenset()
     names = _names_to_send(job, kept, held, said)
-    if not names and kept is not None and kept.world is not None and job.options.keep_script is None:
+    if there and not names and job.options.keep_script is None:
         # As of most cells on kept ranks: no file is made that all of them would have to read.
         closure = Snapshot.of_nothing()
     else:
@@ -221,7 +222,7 @@ def prepare(
     _check_numbers(job, devices, lambda: client.count_gpus(os.environ, gate))
     if job.large is not None and closure.nbytes > job.large:
         said(_closure.size_line(names, closure))
-    if (kept is None or kept.world is None) and (hidden := _hidden_names(job, devices)):
+    if not there and (hidden := _hidden_names(job, devices)):
         said(hidden)
     for wrapper in dict.fromkeys(closure.unwrapped):
         said(f"nbddp: {wrapper} was unwrapped: its .module is sent; wrap it again in the cell")

@@ -476,9 +476,9 @@ def _stale_optimizers(space: Mapping[str, Any], asked: Mapping[str, Sequence[str
     parameters, without an error.
     """
     torch = sys.modules.get("torch")
-    if torch is None or not hasattr(torch, "optim"):
-        return ""
     results = [name for names in asked.values() for name in names]
+    if not results or torch is None or not hasattr(torch, "optim"):
+        return ""
     models = {name: space.get(name) for name in results if isinstance(space.get(name), torch.nn.Module)}
     for name, optimizer in list(space.items()):
         if name.startswith("_") or name in results or not isinstance(optimizer, torch.optim.Optimizer):

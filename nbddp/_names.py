@@ -115,9 +115,10 @@ class Uses:
         if isinstance(stmt, ast.ImportFrom) and any(alias.name == "*" for alias in stmt.names):
             self.dynamic = True
         stored = self._code(ast.Module([stmt], []), bound)
-        for node in ast.walk(stmt):
-            if isinstance(node, ast.Call):
-                self._magic(node, bound)
+        if "get_ipython" in self.taken or "get_ipython" in self.bound:
+            for node in ast.walk(stmt):
+                if isinstance(node, ast.Call):
+                    self._magic(node, bound)
         if isinstance(stmt, ast.Delete):
             return bound - {node.id for node in stmt.targets if isinstance(node, ast.Name)}
         return bound | stored

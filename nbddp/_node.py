@@ -14,6 +14,7 @@ to the node
 ``tell``            a message for a rank
 ``signal``          a signal for a rank
 ``stack``           a rank is to write its stack; answered by ``stack``
+``restart``         ranks have failed, and all are to be started again
 ``finish, kill``    the run is over: by itself, or now; answered by ``ended``, the node's last word
 ``beat``            there is still somebody; answered by ``beat``
 from the node
@@ -190,6 +191,9 @@ class Node:
         self._client = _client.Client()
         self._run_dir: RunDir | None = None
         self._setup: Message = {}
+        self._how_to_start: Message = {}
+        # How often all nodes' ranks are to have been started again, and the agent was.
+        self._attempt = self._started = 0
         self._env: dict[str, str] = {}
         self._server: socket.socket | None = None
         self._channels: list[_wire.Inbox] = []
@@ -287,6 +291,11 @@ class Node:
             self._send("memory", ranks=memory)
 
     @property
+    def _restarts(self) -> int:
+        """How often all nodes' ranks may be started again."""
+        return int(self._setup["max_restarts"]) if self._setup["nnodes"] > 1 else 0
+
+    @property
     def _first(self) -> int:
         """The number of this node's first rank."""
         return self._here.number * int(self._setup["ranks"])
@@ -333,6 +342,8 @@ class Node:
                     rank.stack_asked = True
                     _process.signal_main_thread(rank.pid, rank.pidfd, STACK_SIGNAL)
                     self._after(_STACK_SECONDS, functools.partial(self._send_stack_soon, rank, _STACK_LOOKS))
+            case "restart":
+                self._restart(message["attempt"], message["endpoint"])
             case "finish" | "kill":
                 self._finish(message)
 
@@ -463,6 +474,7 @@ class Node:
     def _start(self, message: Message) -> None:
         setup, run_dir = self._setup, self._run_dir
         assert run_dir is not None
+        self._how_to_start, self._started = message, self._attempt
         endpoint = message["endpoint"]
         env = {
             **self._env,
@@ -472,6 +484,8 @@ class Node:
             _settings.BY_RANK: "1",
             _settings.GPUS: str(int(message["gpus"])),
         }
+        if setup["nnodes"] > 1:
+            env[_settings.ATTEMPT] = f"{self._attempt}/{self._restarts}"
         interface = _machines.interface_to(endpoint) if endpoint else _devices.LOOPBACK_INTERFACE
         if interface is not None:
             env.setdefault("GLOO_SOCKET_IFNAME", interface)
@@ -482,7 +496,8 @@ class Node:
         launch = Launch(
             run_dir=run_dir.root,
             ranks=setup["ranks"],
-            max_restarts=setup["max_restarts"],
+            # On several nodes an agent alone would start ranks for which the others' do not wait.
+            max_restarts=setup["max_restarts"] if setup["nnodes"] == 1 else 0,
             env=env,
             cwd=self._working_directory(setup["cwd"]),
             umask=setup["umask"],
@@ -509,9 +524,25 @@ class Node:
         return here
 
     def _launched(self, message: Message) -> None:
-        if message["kind"] == "ended":
-            self._send("agent gone", status=message["status"], log=self._agent_log())
+        if message["kind"] != "ended":
+            return
+        self._run_channel = None
+        if self._attempt > self._started:
+            self._start(self._how_to_start)
+            return
+        self._send("agent gone", status=message["status"], log=self._agent_log())
+        if self._attempt == self._restarts:
             self._end()
+
+    def _restart(self, attempt: int, endpoint: str) -> None:
+        """Start the agent again; ranks of another node have failed, or this one's own, and none goes on alone."""
+        self._attempt = attempt
+        self._how_to_start = {**self._how_to_start, "endpoint": endpoint}
+        if self._run_channel is None:
+            self._start(self._how_to_start)
+        else:
+            with contextlib.suppress(OSError):
+                _wire.send(self._run_channel.sock, "kill")
 
     def _agent_log(self) -> list[str]:
         assert self._run_dir is not None
@@ -559,7 +590,8 @@ class Node:
 
     def _take_from_agent(self, messages: list[Message]) -> None:
         for message in messages:
-            self._send("agent end", failures=[(self._first + local, code) for local, code in message["failures"]])
+            failures = [(self._first + local, code) for local, code in message["failures"]]
+            self._send("agent end", attempt=self._started, failures=failures)
 
     def _add_rank(self, rank: _Rank, messages: list[Message]) -> None:
         old = self._ranks.get(rank.number)

@@ -198,12 +198,7 @@ class RunOptions:
                 f"--nnodes {self.nnodes}: by hand, each machine says which it is and where all meet, as in --nnodes "
                 f"{self.nnodes} --node-rank 0 --rdzv-endpoint HOST:29500, HOST being machine 0"
             )
-        if self.max_restarts and not self.by_hand:
-            raise OptionError(
-                f"--max-restarts {self.max_restarts}: on several nodes torchrun would start the ranks of one anew, and "
-                "the others' would wait for the old ones. Save checkpoints, and run the cell again"
-            )
-        if self.max_restarts:
+        if self.max_restarts and self.by_hand:
             raise OptionError(
                 f"--max-restarts {self.max_restarts}: on several machines nobody can start all ranks again; launch "
                 "anew on each"

@@ -137,6 +137,10 @@ def restore(
 
 def _enter(*, init: bool, backend: str | None, gpus: bool, **_: Any) -> str:
     """Become a rank; return the name of its device."""
+    if (attempts := os.environ.pop(_settings.ATTEMPT, None)) is not None:
+        # An agent that was started again does not know of the times before.
+        names = "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_MAX_RESTARTS"
+        os.environ.update(zip(names, attempts.split("/"), strict=True))
     run_dir = os.environ.pop(_settings.RUN_DIR, None)
     secret = os.environ.pop(_settings.MARK, "")
     forked = _repair.is_forked_rank()

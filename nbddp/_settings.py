@@ -17,6 +17,8 @@ MARK = "NBDDP_MARK"
 # its own; and "1" or "0": whether it has a GPU, which is known only there.
 BY_RANK = "NBDDP_BY_RANK"
 GPUS = "NBDDP_GPUS"
+# In the agents and ranks of several nodes: how often all of them have been started again, and may be: "1/3".
+ATTEMPT = "NBDDP_ATTEMPT"
 
 # Read by nbddp.
 

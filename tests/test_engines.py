@@ -241,6 +241,21 @@ def test_a_crash_shows_its_stack(cluster: Cluster) -> None:
     assert "rank 1: in string_at" in reply.traceback
 
 
+def test_all_ranks_are_started_again(cluster: Cluster, tmp_path: Path) -> None:
+    code = (
+        "import os, torch, torch.distributed as dist\n"
+        f"mark = {str(tmp_path / 'done')!r}\n"
+        "attempt = int(os.environ['TORCHELASTIC_RESTART_COUNT'])\n"
+        "if rank == 3 and attempt == 0:\n    open(mark, 'w').close()\n    raise OSError('the disk')\n"
+        "t = torch.ones(1)\ndist.all_reduce(t)\nprint('attempt', attempt, int(t))"
+    )
+    reply = cluster.ok(code, "--cpus 2 --max-restarts 1")
+    assert "nbddp: rank 3 failed (OSError: the disk); restart 1 of 1" in reply.text
+    assert sorted(line for line in reply.lines if line.startswith("[node") and "attempt" in line) == [
+        f"[node{r // 2} rank {r}] attempt 1 4" for r in range(4)
+    ]
+
+
 def test_ranks_stay(cluster: Cluster) -> None:
     kernel = cluster.kernel
     try:
@@ -317,13 +332,21 @@ def test_nodes_end_when_nobody_beats(start: Callable[[], Cluster]) -> None:
     found["_gateway"][0].send_signal(signal.SIGSTOP)
     try:
         deadline = time.monotonic() + 30.0
-        while any(p.status() != psutil.STATUS_ZOMBIE for p in found["_node"]) and time.monotonic() < deadline:
-            time.sleep(0.1)  # their parent is stopped, and takes no note
+        while any(map(runs, found["_node"])) and time.monotonic() < deadline:
+            time.sleep(0.1)
         assert time.monotonic() < deadline
     finally:
         found["_gateway"][0].send_signal(signal.SIGCONT)
     assert request.wait(20.0)
     assert request.reply.error == "RunLostError"
+
+
+def runs(process: psutil.Process) -> bool:
+    """Tell whether a process is there; one whose parent is stopped, and takes no note of its end, is not."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_the_panel_groups_ranks_by_node(cluster: Cluster) -> None:

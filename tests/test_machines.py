@@ -45,8 +45,7 @@ def wait(first: Request, second: Request) -> None:
     ("options", "message"),
     [
         ("--nnodes 0", "--nnodes 0: a run has at least one machine"),
-        ("--nnodes 2", "each machine says which it is and where all meet, as in --nnodes 2 --node-rank 0 --rdzv-endp"),
-        ("--nnodes 2 --node-rank 1", "each machine says which it is and where all meet"),
+        ("--nnodes 2 --node-rank 1", "by hand, each machine says which it is and where all meet, as in --nnodes 2"),
         ("--nnodes 2 --node-rank 2 --rdzv-endpoint a:1", "--node-rank 2: of --nnodes 2 machines they are numbered"),
         ("--node-rank 1", "--node-rank 1: of --nnodes 1 machines there is one, 0"),
         ("--rdzv-endpoint a", "--rdzv-endpoint a: that is not of the form HOST:PORT"),

@@ -80,7 +80,7 @@ def test_help_explains_every_option_with_examples() -> None:
     assert "%%ddp --gpus 4" in text
     for name in option_names():
         assert name in text
-    assert len(option_names()) == 24
+    assert len(option_names()) == 28
 
 
 @pytest.mark.parametrize("line", ["--gpus 0", "--gpus -1", "--gpus two", "--frobnicate", "--out 1x"])

@@ -154,8 +154,8 @@ def test_nothing_of_the_launcher_is_open_in_a_rank(kernel: Kernel) -> None:
         "print(sum(l.startswith('socket') for l in links), sum('event' in l for l in links), "
         "os.readlink('/proc/self/fd/0'))"
     )
-    # One socket: to the notebook.
-    assert reply.lines == [f"[rank {rank}] 1 0 /dev/null" for rank in (0, 1)]
+    # One socket, to the notebook; and what waits for it.
+    assert reply.lines == [f"[rank {rank}] 1 1 /dev/null" for rank in (0, 1)]
 
 
 def test_main_is_the_script_and_the_interpreter_is_not_interactive(kernel: Kernel) -> None:
