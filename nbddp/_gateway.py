@@ -157,6 +157,8 @@ class _Node:
         self.hello: Message = {}
         self.heard = time.monotonic()
         self.gpus: int | None = None
+        # Whether it can connect to the first.
+        self.reaches = False
         self.ended = False
         # What is to be added to its clock, and how sure that is: half of a round trip.
         self.offset = 0.0
@@ -509,7 +511,11 @@ class Gateway:
                 if self._started:
                     self._send(-1, "restart", attempt=self._attempt, endpoint=self._endpoint)
                 else:
-                    self._start_if_ready()
+                    for number in range(1, self.placement.nnodes):
+                        self._send(number, "reach", endpoint=self._endpoint)
+            case "reached":
+                node.reaches = True
+                self._start_if_ready()
             case "told to end":
                 # Who it was is known in a moment, from the client's words.
                 self._spawn(self._explain_soon(node, message["by"]))
@@ -627,7 +633,7 @@ class Gateway:
 
     def _start_if_ready(self) -> None:
         placement = self.placement
-        ready = "start" in self._shipped and (self._endpoint or placement.nnodes == 1)
+        ready = "start" in self._shipped and all(node.reaches for number, node in self._nodes.items() if number)
         counted = not placement.gpus or all(node.gpus is not None for node in self._nodes.values())
         if self._started or self._ending is not None or not (ready and counted):
             return

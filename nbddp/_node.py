@@ -10,6 +10,7 @@ to the node
 ``file``            a file is to come: its name and size; ``piece``: the next bytes of it
 ``count``           answered by ``gpus``
 ``meet``            the first node serves the store in which the agents and the ranks meet; answered by ``meet``
+``reach``           whether it can be reached from there; answered by ``reached``
 ``start``           where they meet; starts the agent
 ``tell``            a message for a rank
 ``signal``          a signal for a rank
@@ -329,8 +330,10 @@ class Node:
                 self._ask("count gpus", self._counted, env=self._env)
             case "meet":
                 self._meet()
+            case "reach":
+                self._reach(message["endpoint"])
             case "start":
-                self._reach(message)
+                self._start(message)
             case "tell":
                 self._tell(message["rank"], message["message"])
             case "signal":
@@ -443,33 +446,32 @@ class Node:
         self._holder.close()
         self._send("meet", endpoint=f"[{address}]:{port}" if ":" in address else f"{address}:{port}")
 
-    def _reach(self, message: Message) -> None:
-        """Start the agent once the first node, where all meet, has been reached from here."""
-        if message["endpoint"] is None or self._here.number == 0:
-            self._start(message)
-            return
-        address = _machines.parse_endpoint(message["endpoint"])
+    def _reach(self, endpoint: str) -> None:
+        """See whether the store can be reached from here; torch would try that for a quarter of an hour."""
+        address = _machines.parse_endpoint(endpoint)
         one = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
         one.setblocking(False)
-        one.connect_ex(address)
-        self._look_if_reached(one, time.monotonic() + _REACH_SECONDS, message)
+        failed = one.connect_ex(address)
+        self._look_if_reached(one, failed, time.monotonic() + _REACH_SECONDS, endpoint)
 
-    def _look_if_reached(self, one: socket.socket, until: float, message: Message) -> None:
-        if select.select([], [one], [], 0)[1]:
-            failed = one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        elif time.monotonic() < until:
-            self._after(_REACH_LOOK_SECONDS, functools.partial(self._look_if_reached, one, until, message))
-            return
-        else:
-            failed = errno.ETIMEDOUT
+    def _look_if_reached(self, one: socket.socket, failed: int, until: float, endpoint: str) -> None:
+        if failed == errno.EINPROGRESS:
+            if select.select([], [one], [], 0)[1]:
+                failed = one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            elif time.monotonic() > until:
+                failed = errno.ETIMEDOUT
+            else:
+                look = functools.partial(self._look_if_reached, one, failed, until, endpoint)
+                self._after(_REACH_LOOK_SECONDS, look)
+                return
         one.close()
         if failed:
             raise OSError(
-                f"node0 cannot be reached from there at {message['endpoint']}, by which the engine reaches it: "
+                f"node0 cannot be reached from there at {endpoint}, by which the engine reaches it: "
                 f"{os.strerror(failed)}. Ranks of all nodes talk to each other: node0 must have an address that leads "
                 "to it from every node, and no firewall between them"
             )
-        self._start(message)
+        self._send("reached")
 
     def _start(self, message: Message) -> None:
         setup, run_dir = self._setup, self._run_dir
