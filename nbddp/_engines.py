@@ -37,6 +37,9 @@ _MODULES = {"slurm": "nbddp._slurm", "ssh": "nbddp._ssh", "local": "nbddp._engin
 # Seconds that a question to an engine may take.
 _ASK_SECONDS = 10.0
 
+# Characters of a line of its words that are quoted.
+_LONGEST_WORDS = 300
+
 # What is being asked, by any thread; and whether nobody waits for answers any more.
 _asking = threading.Lock()
 _asked: set[subprocess.Popen[str]] = set()
@@ -92,10 +95,12 @@ class Engine(abc.ABC):
 
     Attributes:
         title: What messages call it.
+        answer_seconds: How long a node may take for its first word; None if it may have to wait in a queue.
         job: What the engine calls the job, once a node has said so; else empty.
     """
 
     title: ClassVar[str] = ""
+    answer_seconds: ClassVar[float | None] = None
 
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
@@ -206,7 +211,9 @@ def how_it_ended(status: int) -> str:
 
 def said(words: Sequence[str]) -> str:
     """Return the end of a sentence that quotes what was said last."""
-    return f". It said: {' | '.join(words[-3:])}" if words else ""
+    # Another machine's words do not steer this one's terminal.
+    printable = ("".join(c for c in one if c.isprintable())[:_LONGEST_WORDS] for one in words[-3:])
+    return f". It said: {' | '.join(printable)}" if words else ""
 
 
 def ask(argv: Sequence[str], env: Mapping[str, str] | None = None, seconds: float = _ASK_SECONDS) -> Answer | None:

@@ -47,15 +47,41 @@ LONG_LINE = 1 << 16
 
 _LENGTH = struct.Struct("!I")
 _NUMBER = struct.Struct("!I")
-_LINE = re.compile(rb"@(\d+) (\d+) ([+.])([A-Za-z0-9+/=]*)")
+_LINE = re.compile(rb"@(\d{1,6}) (\d{1,18}) ([+.])([A-Za-z0-9+/=]*)")
 _HEAD = len(b"@ 999999 999999999999 .\n")
+
+# Characters of a line of somebody else's that are kept, to be told.
+_STRANGE = 500
 
 # No message is longer; what says so is none.
 _LONGEST = 1 << 26
 
+# A file that one side asks the other to write: a name, never a path. What else lies in a run's directory, its socket
+# and its script above all, has other names.
+_FILE_TO_NODE = re.compile(r"cell\.py|closure(?:\.[0-9]+)?")
+_FILE_FROM_NODE = re.compile(r"(?:results|exception)\.[0-9]+")
+
 
 class FrameError(Exception):
     """What came is not what was sent; the message says how that was seen."""
+
+
+def check_name(name: object, size: object, *, to_node: bool) -> None:
+    """See that a file that the other side asks to be written lies in the run's directory, under a name of its kind.
+
+    Args:
+        name: What the other side calls it.
+        size: How many bytes are to come.
+        to_node: Whether this is the node's side.
+
+    Raises:
+        FrameError: It is none.
+    """
+    allowed = _FILE_TO_NODE if to_node else _FILE_FROM_NODE
+    if not isinstance(name, str) or not allowed.fullmatch(name):
+        raise FrameError(f"a file cannot be called {str(name)[:80]!r}")
+    if not isinstance(size, int) or isinstance(size, bool) or size < 0:
+        raise FrameError(f"{name} cannot have {str(size)[:80]} bytes")
 
 
 class Frame(NamedTuple):
@@ -137,6 +163,7 @@ class LineReader:
     def __init__(self) -> None:
         self._buffer = b""
         self._pieces: dict[int, list[bytes]] = {}
+        self._sizes: dict[int, int] = {}
         self._next: dict[int, int] = {}
         self.strange: list[str] = []
 
@@ -147,12 +174,16 @@ class LineReader:
             FrameError: Something was lost or torn on its way.
         """
         *lines, self._buffer = (self._buffer + data).split(b"\n")
+        if len(self._buffer) > LONG_LINE:
+            # No node's line is longer: what it was is told, and its end will be taken for a line of somebody else's.
+            lines.append(self._buffer)
+            self._buffer = b""
         for line in lines:
             found = _LINE.fullmatch(line)
             if found is None:
                 if line.startswith(b"@") and self._next:
                     raise FrameError(f"a line is torn: {line[:80]!r}")
-                if text := line.decode(errors="replace").strip():
+                if text := line[:_STRANGE].decode(errors="replace").strip():
                     self.strange = [*self.strange, text][-20:]
                 continue
             node, sequence = int(found[1]), int(found[2])
@@ -161,9 +192,13 @@ class LineReader:
             self._next[node] = sequence + 1
             pieces = self._pieces.setdefault(node, [])
             pieces.append(found[4])
+            self._sizes[node] = self._sizes.get(node, 0) + len(found[4])
+            if self._sizes[node] > _LONGEST:
+                raise FrameError(f"a message of node {node} cannot have {self._sizes[node]} bytes")
             if found[3] == b".":
                 yield node, _frame(pieces)
                 pieces.clear()
+                self._sizes[node] = 0
 
 
 def _frame(pieces: Sequence[bytes]) -> Frame:
@@ -172,10 +207,25 @@ def _frame(pieces: Sequence[bytes]) -> Frame:
         payload = b"".join(binascii.a2b_base64(piece) for piece in pieces)
         kind, body = payload[:1].decode(), payload[1:]
         if kind == "J":
-            return Frame(kind, json.loads(body))
+            return Frame(kind, _object(body))
+        if kind not in ("O", "F"):
+            raise ValueError(f"there is no kind {kind!r}")
         return Frame(kind, {}, _NUMBER.unpack_from(body)[0], body[_NUMBER.size :])
-    except (ValueError, struct.error) as error:
+    except (ValueError, RecursionError, struct.error) as error:
         raise FrameError(f"a message is damaged: {error}") from None
+
+
+def _object(data: bytes) -> Message:
+    """Return what JSON says, which is a message.
+
+    Raises:
+        ValueError: It is none.
+        RecursionError: Nobody could have meant it.
+    """
+    message = json.loads(data)
+    if not isinstance(message, dict) or not isinstance(message.get("kind"), str):
+        raise ValueError("it has no kind")
+    return message
 
 
 def encode(kind: str, raw: bytes = b"", **fields: Any) -> bytes:
@@ -205,10 +255,13 @@ class Decoder:
             if len(self._buffer) < end:
                 return
             try:
-                message = json.loads(bytes(self._buffer[_LENGTH.size : end]))
-            except ValueError as error:
+                message = _object(bytes(self._buffer[_LENGTH.size : end]))
+            except (ValueError, RecursionError) as error:
                 raise FrameError(f"a message is damaged: {error}") from None
-            after = end + int(message.get("raw", 0))
+            size = message.get("raw", 0)
+            if not isinstance(size, int) or isinstance(size, bool) or not 0 <= size <= _LONGEST:
+                raise FrameError(f"a message cannot have {str(size)[:80]} bytes behind it")
+            after = end + size
             if len(self._buffer) < after:
                 return
             raw = bytes(self._buffer[end:after])

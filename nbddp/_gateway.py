@@ -28,6 +28,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nbddp import _engines, _process, _wire
+from nbddp._errors import NbddpError
 from nbddp._frames import (
     BEAT_SECONDS,
     CHUNK,
@@ -37,6 +38,7 @@ from nbddp._frames import (
     FrameError,
     LineReader,
     Message,
+    check_name,
     encode,
 )
 from nbddp._paths import RunDir, format_size, remove_session
@@ -72,6 +74,9 @@ _EXPLAIN_LOOK_SECONDS = 0.05
 # Seconds that ranks' stacks are waited for before the ranks are interrupted, and between two looks.
 _STACK_SECONDS = 0.25
 _STACK_LOOK_SECONDS = 0.02
+
+# Seconds after which the state says for whose first word one waits.
+_TELL_SECONDS = 4.0
 
 # Bytes for one rank that the kernel has not taken yet, above which nothing is read from the nodes.
 _BACKLOG = 16 << 20
@@ -164,6 +169,8 @@ class _Node:
         self.hello: Message = {}
         self.heard = time.monotonic()
         self.gpus: int | None = None
+        # Whether it can connect to the first.
+        self.reaches = False
         self.ended = False
         # Whether it has said that it ends; and whether it may, since its agent has ended well.
         self.told = False
@@ -222,6 +229,7 @@ class Gateway:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._shipped: dict[str, asyncio.Task[None]] = {}
         self._endpoint = ""
+        self._connected = 0.0
         self._started = False
         self._told_lost = False
         # Until when the stacks of ranks are waited for that were asked for theirs; and the signals that wait for them.
@@ -376,8 +384,9 @@ class Gateway:
             self._clients.append(client)
             self._spawn(self._read_lines(client))
             self._spawn(self._read_words(client))
+        self._connected = time.monotonic()
         for node in self._nodes.values():
-            node.heard = time.monotonic()
+            node.heard = self._connected
         self._spawn(self._beat())
         self._spawn(self._watch_the_queue())
 
@@ -400,6 +409,8 @@ class Gateway:
         try:
             while data := await client.process.stdout.read(_READ):
                 for number, frame in reader.feed(data):
+                    if number not in client.link.nodes:
+                        raise FrameError(f"a line says that it is of node {number}")
                     self._take(self._nodes[number], frame)
                 client.words.extend(reader.strange)
                 reader.strange.clear()
@@ -407,27 +418,36 @@ class Gateway:
                     await asyncio.sleep(0.01)
                     for number in client.link.nodes:
                         self._nodes[number].heard = time.monotonic()
-        except (FrameError, KeyError) as error:
-            self._spawn(self._give_up_torn(client, error))
-            # A client that is not read does not end.
-            while await client.process.stdout.read(_READ):
-                pass
+        except FrameError as error:
+            # What comes now is read all the same: srun, for one, does not end before somebody has.
+            rest = asyncio.ensure_future(_read_to_the_end(client.process.stdout))
+            # A node that is killed in the middle of a line does that; then the engine has more to say.
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(asyncio.shield(rest), _TORN_SECONDS)
+            if not rest.done():
+                nodes = " and ".join(self._called(self._nodes[number]) for number in client.link.nodes)
+                self._lose(
+                    f"what came from {nodes} through {self._engine.title} is not what was sent: {error}. Does "
+                    "something there print or read while a shell starts that is not a terminal's?"
+                )
+            await rest
         status = await client.process.wait()
         await asyncio.sleep(0.05)  # for the last words
         client.done = True
         if not all(self._nodes[number].ended for number in client.link.nodes):
             self._lose(self._engine.explain(client.link, status, list(client.words)))
-
-    async def _give_up_torn(self, client: _Client, error: Exception) -> None:
-        # A node that is killed in the middle of a line does that; then the engine has more to say.
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(client.process.wait(), _TORN_SECONDS)
-        if client.process.returncode is None:
-            self._lose(f"what came through {self._engine.title} is not what was sent: {error}")
+        if all(client.done for client in self._clients):
+            self._over.set()  # nobody is left who could say more
 
     async def _read_words(self, client: _Client) -> None:
         assert client.process.stderr is not None
-        while line := await client.process.stderr.readline():
+        while True:
+            try:
+                line = await client.process.stderr.readline()
+            except ValueError:  # longer than anybody would read; it is dropped
+                continue
+            if not line:
+                return
             words = line.decode(errors="replace").strip()
             if (state := self._engine.hear(words)) is not None:
                 self._state(state)
@@ -445,10 +465,26 @@ class Gateway:
                     self._send(node.number, "beat", t=time.monotonic())
             await asyncio.sleep(BEAT_SECONDS)
             now = time.monotonic()
+            self._look_for_answers(now)
             silent = [node for node in self._nodes.values() if node.hello and not node.ended]
             for node in silent:
                 if now > node.heard + LEASE_SECONDS:
                     self._lose(f"{self._called(node)} has not been heard of for {LEASE_SECONDS:g} s")
+
+    def _look_for_answers(self, now: float) -> None:
+        """Give up a node of which nothing comes at all, where an engine has one begin at once."""
+        seconds = self._engine.answer_seconds
+        mute = [node for node in self._nodes.values() if not node.hello]
+        if seconds is None or not mute or now < self._connected + _TELL_SECONDS:
+            return
+        names = " and ".join(self._called(node) for node in mute)
+        if now > self._connected + seconds:
+            self._lose(
+                f"{names} {'has' if len(mute) == 1 else 'have'} not answered within {seconds:g} s: reached, but nbddp "
+                "does not begin there. A shell's start-up file may wait for something, or its disk"
+            )
+        else:
+            self._state(f"waits for {names}")
 
     def _called(self, node: _Node) -> str:
         name = self._engine.name(node.number)
@@ -467,13 +503,24 @@ class Gateway:
 
     def _take(self, node: _Node, frame: Frame) -> None:
         node.heard = time.monotonic()
-        if frame.kind == "O":
-            if (rank := self._ranks.get(frame.number)) is not None:
-                rank.output(frame.data)
-        elif frame.kind == "F":
-            self._take_piece(node, frame.number, frame.data)
-        else:
-            self._take_message(node, frame.message)
+        try:
+            if frame.kind == "O":
+                if (rank := self._rank_of(node, frame.number)) is not None:
+                    rank.output(frame.data)
+            elif frame.kind == "F":
+                self._take_piece(node, frame.number, frame.data)
+            else:
+                self._take_message(node, frame.message)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FrameError(f"a message is not one that nodes send: {error!r}") from None
+        except (OSError, NbddpError) as error:
+            self._lose(f"cannot take what comes from {self._called(node)}: {error}")
+
+    def _rank_of(self, node: _Node, number: int) -> _Rank | None:
+        """Return the kernel's connection to a rank, of which only its own node speaks."""
+        if not isinstance(number, int) or self.placement.node_of(number) != node.number:
+            raise FrameError(f"it speaks of rank {str(number)[:80]}, which is another node's")
+        return self._ranks.get(number)
 
     def _take_message(self, node: _Node, message: Message) -> None:
         match message.pop("kind"):
@@ -493,7 +540,11 @@ class Gateway:
                 if self._started:
                     self._send(-1, "restart", attempt=self._attempt, endpoint=self._endpoint)
                 else:
-                    self._start_if_ready()
+                    for number in range(1, self.placement.nnodes):
+                        self._send(number, "reach", endpoint=self._endpoint)
+            case "reached":
+                node.reaches = True
+                self._start_if_ready()
             case "told to end":
                 node.told = True
                 # Who it was is known in a moment, from the client's words.
@@ -521,7 +572,7 @@ class Gateway:
             case "agent end":
                 self._failures += [(rank, code) for rank, code in message["failures"]]
                 for number, exitcode in message["failures"]:
-                    if (rank := self._ranks.get(number)) is not None:
+                    if (rank := self._rank_of(node, number)) is not None:
                         rank.say("exitcode", exitcode=exitcode)
                 self._agents_ended += 1
                 if self._agents_ended == self.placement.nnodes:
@@ -540,15 +591,16 @@ class Gateway:
             case "file":
                 self._begin_file(node, message)
             case "stack":
+                self._rank_of(node, message["rank"])
                 self._append_stack(message["rank"], message["text"])
                 self._stacks_asked.pop(message["rank"], None)
                 self._pass_signals_on()
             case "memory":
                 for number, text in message["ranks"].items():
-                    if (rank := self._ranks.get(int(number))) is not None:
+                    if (rank := self._rank_of(node, int(number))) is not None:
                         rank.say("memory", text=text)
             case "died":
-                if (rank := self._ranks.get(message["rank"])) is not None:
+                if (rank := self._rank_of(node, message["rank"])) is not None:
                     rank.say("died", exitcode=message["exitcode"], oom_kills=message["oom_kills"])
 
     def _may_restart(self) -> bool:
@@ -616,7 +668,7 @@ class Gateway:
 
     def _start_if_ready(self) -> None:
         placement = self.placement
-        ready = "start" in self._shipped and (self._endpoint or placement.nnodes == 1)
+        ready = "start" in self._shipped and all(node.reaches for number, node in self._nodes.items() if number)
         counted = not placement.gpus or all(node.gpus is not None for node in self._nodes.values())
         if self._started or self._ending is not None or not (ready and counted):
             return
@@ -652,13 +704,14 @@ class Gateway:
                 _wire.send(self._agent, kind, **fields)
 
     def _add_rank(self, node: _Node, hello: Message) -> None:
-        if (old := self._ranks.pop(hello["rank"], None)) is not None:
+        if (old := self._rank_of(node, hello["rank"])) is not None:
+            del self._ranks[old.number]
             old.close()
         with contextlib.suppress(OSError):  # the kernel has closed the run
             self._ranks[hello["rank"]] = _Rank(self, {**hello, "node": node.number})
 
     def _take_from_rank(self, node: _Node, number: int, message: Message) -> None:
-        rank = self._ranks.get(number)
+        rank = self._rank_of(node, number)
         if rank is None:
             return
         for key in ("results", "pickled"):
@@ -672,8 +725,11 @@ class Gateway:
         rank.say(message.pop("kind"), **message)
 
     def _begin_file(self, node: _Node, message: Message) -> None:
+        check_name(message["name"], message["size"], to_node=False)
+        self._rank_of(node, int(message["name"].partition(".")[2]))
         path = self.run_dir.place(message["name"], message["size"])
-        file = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")  # noqa: SIM115  # closed below
+        # It was deleted: what is there now is not to be followed.
+        file = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")  # noqa: SIM115  # closed below
         node.paths[message["name"]] = path
         node.files[message["file"]] = [file, message["size"]]
         if not message["size"]:
@@ -780,6 +836,11 @@ class Gateway:
         for wait in pending:
             wait.cancel()
         return not pending
+
+
+async def _read_to_the_end(stream: asyncio.StreamReader) -> None:
+    while await stream.read(_READ):
+        pass
 
 
 def _different(hello: Message, ours: Mapping[str, str]) -> str | None:

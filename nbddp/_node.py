@@ -10,6 +10,7 @@ to the node
 ``file``            a file is to come: its name and size; ``piece``: the next bytes of it
 ``count``           answered by ``gpus``
 ``meet``            the first node serves the store in which the agents and the ranks meet; answered by ``meet``
+``reach``           whether it can be reached from there; answered by ``reached``
 ``start``           where they meet; starts the agent
 ``tell``            a message for a rank
 ``signal``          a signal for a rank
@@ -32,6 +33,7 @@ Its life is a lease: when nothing has come for a while, or stdin ends, it ends e
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import select
@@ -40,6 +42,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import deque
@@ -58,6 +61,7 @@ from nbddp._frames import (
     FrameError,
     LineWriter,
     Message,
+    check_name,
     versions,
 )
 from nbddp._loop import Loop
@@ -75,6 +79,11 @@ _STACK_LOOKS = 200
 
 # Seconds that the launcher has for its end before the node goes without waiting.
 _END_SECONDS = 10.0
+
+# Seconds in which the first node must be reached, and between two looks. Less than the lease: this is to be told. torch
+# itself would try for a quarter of an hour.
+_REACH_SECONDS = 10.0
+_REACH_LOOK_SECONDS = 0.02
 
 # Seconds that the notebook has to end this node's stdin after its last word, and between two looks.
 _GOODBYE_SECONDS = 5.0
@@ -216,6 +225,8 @@ class Node:
         os.set_blocking(self._stdin, False)
         self._loop.watch(self._stdin, self._read)
         self._loop.watch(self._outputs, self._read_outputs)
+        # A shell's greeting may not have ended its line.
+        self._writer.put(b"\n")
         self._send(
             "hello",
             protocol=PROTOCOL,
@@ -231,7 +242,8 @@ class Node:
         except (NbddpError, OSError, FrameError) as error:
             # Of this node alone; the notebook ends the others.
             self._why = str(error)
-            self._send("refused", reason=str(error))
+            # What is said of a notebook's own machine; here, it is told with the run.
+            self._send("refused", reason=self._why.replace(" and restart the kernel", ": --env TMPDIR=..."))
         return self._why
 
     def close(self) -> None:
@@ -330,6 +342,8 @@ class Node:
                 self._ask("count gpus", self._counted, env=self._env)
             case "meet":
                 self._meet()
+            case "reach":
+                self._reach(message["endpoint"])
             case "start":
                 self._start(message)
             case "tell":
@@ -358,6 +372,10 @@ class Node:
     def _launch(self, message: Message) -> None:
         self._setup = message
         self._env = {**os.environ, **message["env"]}
+        if "TMPDIR" in message["env"]:
+            # Files of runs are kept there, too.
+            os.environ["TMPDIR"] = message["env"]["TMPDIR"]
+            tempfile.tempdir = None
         # What the notebook's own machine is called by is none of this one's business.
         for name in (_settings.SESSION, _settings.RUN_DIR):
             self._env.pop(name, None)
@@ -370,6 +388,7 @@ class Node:
 
     def _begin_file(self, name: str, size: int) -> None:
         assert self._run_dir is not None
+        check_name(name, size, to_node=True)
         script = name == os.path.basename(self._run_dir.script)
         path = self._run_dir.script if script else self._run_dir.place(name, size)
         file = open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb")  # noqa: SIM115  # closed below
@@ -439,6 +458,33 @@ class Node:
         self._holder.close()
         self._send("meet", endpoint=f"[{address}]:{port}" if ":" in address else f"{address}:{port}")
 
+    def _reach(self, endpoint: str) -> None:
+        """See whether the store can be reached from here; torch would try that for a quarter of an hour."""
+        address = _machines.parse_endpoint(endpoint)
+        one = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET)
+        one.setblocking(False)
+        failed = one.connect_ex(address)
+        self._look_if_reached(one, failed, time.monotonic() + _REACH_SECONDS, endpoint)
+
+    def _look_if_reached(self, one: socket.socket, failed: int, until: float, endpoint: str) -> None:
+        if failed == errno.EINPROGRESS:
+            if select.select([], [one], [], 0)[1]:
+                failed = one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            elif time.monotonic() > until:
+                failed = errno.ETIMEDOUT
+            else:
+                look = functools.partial(self._look_if_reached, one, failed, until, endpoint)
+                self._after(_REACH_LOOK_SECONDS, look)
+                return
+        one.close()
+        if failed:
+            raise OSError(
+                f"node0 cannot be reached from there at {endpoint}, by which the engine reaches it: "
+                f"{os.strerror(failed)}. Ranks of all nodes talk to each other: node0 must have an address that leads "
+                "to it from every node, and no firewall between them"
+            )
+        self._send("reached")
+
     def _start(self, message: Message) -> None:
         setup, run_dir = self._setup, self._run_dir
         assert run_dir is not None
@@ -487,7 +533,8 @@ class Node:
             return wanted
         home = os.path.expanduser("~")
         here = home if os.path.isdir(home) else "/"
-        self._send("note", text=f"has no folder {wanted}; its ranks run in {here}")
+        if wanted:
+            self._send("note", text=f"has no folder {wanted}; its ranks run in {here}")
         return here
 
     def _launched(self, message: Message) -> None:
@@ -593,6 +640,9 @@ class Node:
             for key in ("results", "pickled"):
                 if message.get(key):
                     message[key] = self._send_file(message[key])
+                    if message[key] is None and key == "results":
+                        del message[key]
+                        message["bad_results"][""] = "what was to come back could not be read on its node"
             self._send("from", rank=rank.number, message=message)
 
     def _send_file(self, path: str) -> str | None:
@@ -693,9 +743,9 @@ class Node:
                 return
             rank.stack_asked = False
             rank.stacks_sent += len(text)
-            own = os.path.dirname(os.path.abspath(__file__)).encode()
-            text = text.replace(self._run_dir.root.encode(), self._setup["run_dir"].encode())
-            text = text.replace(own, self._setup["package"].encode())
+            own = os.fsencode(os.path.dirname(os.path.abspath(__file__)))
+            text = text.replace(os.fsencode(self._run_dir.root), os.fsencode(self._setup["run_dir"]))
+            text = text.replace(own, os.fsencode(self._setup["package"]))
             self._send("stack", rank=rank.number, text=text.decode(errors="replace"))
 
     def _tell(self, number: int, message: Message) -> None:

@@ -219,7 +219,7 @@ class RunOptions:
         if self.engine is not None and self.engine not in ENGINES:
             raise OptionError(f"--engine {self.engine}: there are {', '.join(ENGINES)}")
         for host in self.hosts:
-            if not isinstance(host, str) or not re.fullmatch(r"[^\s,-][^\s,]*", host):
+            if not isinstance(host, str) or not _HOST.fullmatch(host):
                 raise OptionError(f"--hosts {host!r}: names of machines as ssh knows them, as in --hosts gpu1,gpu2")
         if self.hosts and self.engine not in (None, "ssh"):
             raise OptionError(f"--hosts are reached by ssh, not by --engine {self.engine}; give one of them")
@@ -274,6 +274,10 @@ Options = RunOptions
 
 # The fields of which one that is given takes the place of all that are in defaults.
 DEVICES = frozenset({"gpus", "cpus", "gpu_ids"})
+
+
+# A name that ssh could take for an option, or hand to a shell with a ProxyCommand of the user's, is none of a machine.
+_HOST = re.compile(r"""[^\s,\-;&|<>(){}$`'"\\!*?#~][^\s,;&|<>(){}$`'"\\!*?#~]*""")
 
 
 def listed_names(text: str) -> list[str]:

@@ -8,9 +8,14 @@ from collections.abc import Mapping, Sequence
 
 from nbddp._engines import Engine, Here, Link, how_it_ended, said
 
-# Nothing may ask for a password where nobody can answer; a connection that is dead is noticed; nothing is forwarded.
+# Nothing may ask for a password where nobody can answer; a connection that is dead is noticed; nothing is forwarded. A
+# connection that the user shares is used, but none is shared that would end with the run; and a command that the user
+# has for a host does not take the place of this one.
 _OPTIONS = (
     *("-o", "BatchMode=yes"),
+    *("-o", "ControlMaster=no"),
+    *("-o", "IgnoreUnknown=RemoteCommand"),
+    *("-o", "RemoteCommand=none"),
     *("-o", "ConnectTimeout=15"),
     *("-o", "ServerAliveInterval=5"),
     *("-o", "ServerAliveCountMax=3"),
@@ -26,17 +31,25 @@ _SSH = 255
 _NO_COMMAND = 127
 _NOT_RUNNABLE = 126
 
-_PASSWORD = re.compile(r"Permission denied \((.*)\)")
+_PASSWORD = re.compile(r"Permission denied \((.*)\)|(Too many authentication failures)")
 _HOST_KEY = re.compile(r"Host key verification failed|REMOTE HOST IDENTIFICATION HAS CHANGED|host key is known", re.I)
 _NO_WAY = re.compile(
     r"Could not resolve hostname|Connection refused|No route to host|timed out|Network is unreachable", re.I
 )
 
 
+# As csh says it, with a status that is any other's.
+_NO_COMMAND_SAID = re.compile(r"Command not found|Permission denied\.$", re.M)
+_NO_PACKAGE = re.compile(r"No module named '?nbddp")
+_OLD_PYTHON = re.compile(r"unknown option:? -P", re.I)
+
+
 class Ssh(Engine):
     """Hosts that the user's ssh reaches without a question."""
 
     title = "ssh"
+    # Even from a disk on the network a bare interpreter is there by then.
+    answer_seconds = 60.0
 
     def links(self, command: Sequence[str]) -> Sequence[Link]:
         """Return a client for each host."""
@@ -51,6 +64,8 @@ class Ssh(Engine):
         """Return what keeps ssh from reaching the host, or how the command on it ended."""
         host = self.placement.hosts[link.nodes[0]]
         name, text = self.name(link.nodes[0]), "\n".join(words)
+        if status < 0:
+            return f"{name}: the ssh client that leads to {host} {how_it_ended(status)}"
         if status == _SSH and _HOST_KEY.search(text):
             return (
                 f"{name}: the host key of {host} is not the one that ssh knows, or it knows none{said(words)}. See "
@@ -58,14 +73,16 @@ class Ssh(Engine):
             )
         if status == _SSH and (found := _PASSWORD.search(text)):
             return (
-                f"{name}: {host} does not let ssh in without a password ({found[1]}); a notebook cannot answer for "
-                f"you. 'ssh-copy-id {host}' puts your key there, or an agent (ssh-add) unlocks it"
+                f"{name}: {host} does not let ssh in without a password ({found[1] or found[2]}); a notebook cannot "
+                f"answer for you. 'ssh-copy-id {host}' puts your key there, or an agent (ssh-add) unlocks it"
             )
         if status == _SSH and _NO_WAY.search(text):
             return f"{name}: {host} cannot be reached{said(words)}. Does 'ssh {host} true' work in a terminal?"
-        if status in (_NO_COMMAND, _NOT_RUNNABLE):
+        if _OLD_PYTHON.search(text):
+            return f"{name}: {older_interpreter(self.placement.python)}"
+        if status in (_NO_COMMAND, _NOT_RUNNABLE) or (status != _SSH and _NO_COMMAND_SAID.search(text)):
             return f"{name}: {no_interpreter(self.placement.python)}{said(words)}"
-        if "No module named" in text and "nbddp" in text:
+        if _NO_PACKAGE.search(text):
             return f"{name}: {no_package(self.placement.python)}"
         if status == _SSH:
             return f"{name}: the connection to {host} was lost{said(words)}"
@@ -80,6 +97,14 @@ class Ssh(Engine):
     def name(self, node: int) -> str:
         """Return the number with the host."""
         return f"node{node} ({self.placement.hosts[node]})"
+
+
+def older_interpreter(python: str) -> str:
+    """Return that an interpreter on a node is older than nbddp can be."""
+    return (
+        f"{python} is a Python there that is older than 3.11, and code that is pickled by one release cannot be run by "
+        "another. --python PATH names another interpreter, which must exist on every node"
+    )
 
 
 def no_interpreter(python: str) -> str:

@@ -21,6 +21,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -500,7 +501,9 @@ class Sshd:
 
 
 def _sshd_config(folder: Path, host: str, listen: str) -> str:
-    environment = {"HOME": f'"{folder}/home"', **_marks(folder, host)}
+    # What runs leave there is then found.
+    temp = f'"{tempfile.gettempdir()}"'
+    environment = {"HOME": f'"{folder}/home"', "TMPDIR": temp, **_marks(folder, host)}
     marks = " ".join(f"{key}={value}" for key, value in environment.items())
     return f"""ListenAddress {listen}
 HostKey "{folder}/host_{host}"
