@@ -82,6 +82,9 @@ INTERRUPT_AT_MOST = 40.0
 # Seconds after the kernel's death at which is counted what is left of it.
 LEFT_AFTER = 10.0
 
+# Cells over which CPU time is counted.
+CPU_CELLS = 50
+
 LINES = 100_000
 FLOATS = 1 << 26  # 256 MB
 
@@ -226,6 +229,15 @@ class Notebook:
                 if process.environ().get(MARK) == self.mark and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
         return found
+
+    def cpu_seconds(self) -> float:
+        """Return the time on a core that these processes have had so far; of Linux, to the nanosecond."""
+        nanoseconds = 0
+        for process in self.processes():
+            for task in Path(f"/proc/{process.pid}/task").iterdir():
+                with contextlib.suppress(OSError):  # it has ended
+                    nanoseconds += int((task / "schedstat").read_text().split()[0])
+        return nanoseconds / 1e9
 
 
 _numbers = itertools.count()
@@ -539,7 +551,20 @@ class Benchmark:
             ours, theirs = map(statistics.median, times)
             spread = f"{pairs[0]:.3f}-{pairs[-1]:.3f}"
             rows.append((name, seconds_of(ours), seconds_of(theirs), f"{ours / theirs:.3f}", spread, goal))
+            if each > 1:
+                # Beside other work a cell takes what that leaves it; this is its own.
+                cpu = [self._cpu_seconds(tool) for tool in (one, other)]
+                rows.append(("... in CPU time", *map(seconds_of, cpu), f"{cpu[0] / cpu[1]:.3f}", "", ""))
         return rows
+
+    def _cpu_seconds(self, tool: Tool) -> float:
+        """Return the CPU time of all processes for a cell of a tool whose ranks stay."""
+        notebook = self._of(tool)
+        began = notebook.cpu_seconds()
+        for _ in range(CPU_CELLS):
+            with contextlib.suppress(WrongError):  # now and then ipyparallel shows nothing of a rank for seconds
+                notebook.use(tool, ALL_REDUCE, answer(tool))
+        return (notebook.cpu_seconds() - began) / CPU_CELLS
 
 
 def answer(tool: Tool) -> str:

@@ -7,6 +7,8 @@ new one has to say is short (``docs/engines.md`` has an example, ``tests/test_en
 - `Engine.refusal`: whether what is asked for can be had at all, before anything waits for it;
 - `Engine.links`: the client commands that run the node's command, and which nodes each of them reaches;
 - `Engine.hear`: what a line that such a client says means: a state to be shown, or just words;
+- `Engine.waiting`: what is waited for, where a client says only that it waits;
+- `Engine.reason`: what ends the nodes, as far as a client has said so;
 - `Engine.explain`: why a client has ended, in a sentence with the node's name and the next step;
 - `Engine.cancel`: commands that end what may be left there, whatever became of the client;
 - `Engine.here`, on the node: which one this is, and its address for the others.
@@ -20,10 +22,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from nbddp import _process
 from nbddp._frames import LONG_LINE
 from nbddp._placement import Placement
 
@@ -36,6 +40,14 @@ _ASK_SECONDS = 10.0
 # Characters of a line of its words that are quoted.
 _LONGEST_WORDS = 300
 
+# What is being asked, by any thread; and whether nobody waits for answers any more.
+_asking = threading.Lock()
+_asked: set[subprocess.Popen[str]] = set()
+_no_more = threading.Event()
+
+# How a question was answered.
+Answer = subprocess.CompletedProcess[str]
+
 
 @dataclass(frozen=True)
 class Link:
@@ -45,11 +57,13 @@ class Link:
         argv: Its command.
         nodes: The numbers of the nodes that get its stdin, and whose stdout is its own.
         env: Its environment; None for the notebook's.
+        orphaned: The signal that it gets if the gateway dies; what runs on the nodes sees the end of its stdin.
     """
 
     argv: Sequence[str]
     nodes: Sequence[int]
     env: Mapping[str, str] | None = None
+    orphaned: int = signal.SIGTERM
 
 
 @dataclass(frozen=True)
@@ -61,6 +75,7 @@ class Here:
         address: The address at which the other nodes reach it, if it is the first; None if there is only one.
         last: A command that ends this node's part of the job where nobody else can any more; empty if there is none.
         job: What the engine calls the job; empty if it has no name for it.
+        name: What the engine calls the node; empty for its host name.
         line_limit: Bytes of a line that arrives whole.
     """
 
@@ -68,6 +83,7 @@ class Here:
     address: str | None = None
     last: Sequence[str] = ()
     job: str = ""
+    name: str = ""
     line_limit: int = LONG_LINE
 
 
@@ -104,6 +120,18 @@ class Engine(abc.ABC):
 
     def hear(self, words: str) -> str | None:
         """Return what state a line that a client says tells of; None if it is only to be kept."""
+        return None
+
+    def waiting(self) -> tuple[str, bool]:
+        """Return what the nodes wait for, as a state to be shown, and whether they would wait for ever."""
+        return "", False
+
+    def reason(self, words: Sequence[str]) -> str | None:
+        """Return what ends the nodes; None if what a client has said so far does not tell.
+
+        Args:
+            words: What it said last.
+        """
         return None
 
     @abc.abstractmethod
@@ -188,18 +216,47 @@ def said(words: Sequence[str]) -> str:
     return f". It said: {' | '.join(printable)}" if words else ""
 
 
-def ask(argv: Sequence[str]) -> subprocess.CompletedProcess[str] | None:
-    """Run a short command of an engine's; None if there is none of that name, or it does not answer."""
+def ask(argv: Sequence[str], env: Mapping[str, str] | None = None, seconds: float = _ASK_SECONDS) -> Answer | None:
+    """Run a short command of an engine's; None if there is none of that name, or it does not answer.
+
+    Args:
+        argv: The command.
+        env: Its environment; None for this process's.
+        seconds: How long it may take.
+    """
     try:
-        return subprocess.run(
+        process = subprocess.Popen(
             argv,
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            timeout=_ASK_SECONDS,
-            check=False,
-            env={**os.environ, "LC_ALL": "C"},
+            env={**(os.environ if env is None else env), "LC_ALL": "C"},
+            # Between fork and exec it only makes a system call.
+            preexec_fn=_process.told_of_parents_death(os.getpid()),  # noqa: PLW1509
         )
-    except (OSError, subprocess.TimeoutExpired):
+    except OSError:
         return None
+    with process:
+        with _asking:
+            _asked.add(process)
+            if _no_more.is_set():
+                process.kill()
+        try:
+            out, err = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return None
+        finally:
+            with _asking:
+                _asked.discard(process)
+    return None if _no_more.is_set() else subprocess.CompletedProcess(argv, process.returncode, out, err)
+
+
+def ask_no_more() -> None:
+    """Have all that is being asked, by any thread, go unanswered at once; and what is asked from now on."""
+    with _asking:
+        _no_more.set()
+        for process in _asked:
+            process.kill()

@@ -17,6 +17,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import select
+import shlex
 import signal
 import socket
 import sys
@@ -47,6 +49,9 @@ from nbddp._placement import Placement
 _KILL_SECONDS = 2.5
 _CANCEL_SECONDS = 3.0
 
+# Seconds that what helps a client has after the client's end.
+_HELPER_SECONDS = 1.0
+
 # Seconds that nodes have to end by themselves, once all ranks have reported. Longest is NCCL's clean-up.
 _FINISH_SECONDS = 10.0
 
@@ -56,8 +61,15 @@ _TORN_SECONDS = 1.0
 # Seconds that a client, whose nodes have all said that they have ended, has for its own end.
 _CLIENT_SECONDS = 5.0
 
+# Seconds between two looks at what is waited for: first, and at most.
+_LOOK_SECONDS = (0.5, 15.0)
+
 # Seconds between two lines on how much has been sent.
 _PROGRESS_SECONDS = 0.5
+
+# How often, and how long, is waited for the engine's word on why a node has ended, in seconds.
+_EXPLAIN_LOOKS = 30
+_EXPLAIN_LOOK_SECONDS = 0.05
 
 # Seconds that ranks' stacks are waited for before the ranks are interrupted, and between two looks.
 _STACK_SECONDS = 0.25
@@ -160,6 +172,9 @@ class _Node:
         # Whether it can connect to the first.
         self.reaches = False
         self.ended = False
+        # Whether it has said that it ends; and whether it may, since its agent has ended well.
+        self.told = False
+        self.done = False
         # What is to be added to its clock, and how sure that is: half of a round trip.
         self.offset = 0.0
         self._trip = float("inf")
@@ -341,10 +356,10 @@ class Gateway:
         try:
             self._state(f"asks {self._engine.title} for {self.placement.named()}")
             refusal = await asyncio.to_thread(self._engine.refusal)
-            if refusal is not None:
-                self._tell("refused", reason=refusal)
-                return
             if self._ending is None:
+                if refusal is not None:
+                    self._tell("refused", reason=refusal)
+                    return
                 await self._connect()
             await self._over.wait()
         except OSError as error:
@@ -362,7 +377,7 @@ class Gateway:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
                 env=None if link.env is None else dict(link.env),
-                preexec_fn=_process.told_of_parents_death(os.getpid()),
+                preexec_fn=_process.told_of_parents_death(os.getpid(), link.orphaned),
                 limit=_READ,
             )
             client = _Client(link, process)
@@ -373,6 +388,20 @@ class Gateway:
         for node in self._nodes.values():
             node.heard = self._connected
         self._spawn(self._beat())
+        self._spawn(self._watch_the_queue())
+
+    async def _watch_the_queue(self) -> None:
+        """Show what is waited for, and do not wait for what will never be."""
+        pause = _LOOK_SECONDS[0]
+        while not (self._over.is_set() or all(node.hello for node in self._nodes.values())):
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _LOOK_SECONDS[1])
+            state, for_ever = await asyncio.to_thread(self._engine.waiting)
+            if for_ever:
+                self._lose(state)
+                return
+            if state and not self._over.is_set():
+                self._state(state)
 
     async def _read_lines(self, client: _Client) -> None:
         assert client.process.stdout is not None
@@ -390,25 +419,28 @@ class Gateway:
                     for number in client.link.nodes:
                         self._nodes[number].heard = time.monotonic()
         except FrameError as error:
-            # What comes now is read all the same: srun, for one, does not end before somebody has.
-            rest = asyncio.ensure_future(_read_to_the_end(client.process.stdout))
-            # A node that is killed in the middle of a line does that; then the engine has more to say.
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(asyncio.shield(rest), _TORN_SECONDS)
-            if not rest.done():
-                nodes = " and ".join(self._called(self._nodes[number]) for number in client.link.nodes)
-                self._lose(
-                    f"what came from {nodes} through {self._engine.title} is not what was sent: {error}. Does "
-                    "something there print or read while a shell starts that is not a terminal's?"
-                )
-            await rest
+            self._spawn(self._give_up_torn(client, error))
+            # A client that is not read does not end.
+            while await client.process.stdout.read(_READ):
+                pass
         status = await client.process.wait()
         await asyncio.sleep(0.05)  # for the last words
         client.done = True
-        if self._ending is None and not all(self._nodes[number].ended for number in client.link.nodes):
+        if not all(self._nodes[number].ended for number in client.link.nodes):
             self._lose(self._engine.explain(client.link, status, list(client.words)))
         if all(client.done for client in self._clients):
             self._over.set()  # nobody is left who could say more
+
+    async def _give_up_torn(self, client: _Client, error: FrameError) -> None:
+        # A node that is killed in the middle of a line does that; then the engine has more to say.
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(client.process.wait(), _TORN_SECONDS)
+        if client.process.returncode is None:
+            nodes = " and ".join(self._called(self._nodes[number]) for number in client.link.nodes)
+            self._lose(
+                f"what came from {nodes} through {self._engine.title} is not what was sent: {error}. Does something "
+                "there print or read while a shell starts that is not a terminal's?"
+            )
 
     async def _read_words(self, client: _Client) -> None:
         assert client.process.stderr is not None
@@ -517,14 +549,14 @@ class Gateway:
                 node.reaches = True
                 self._start_if_ready()
             case "told to end":
+                node.told = True
                 # Who it was is known in a moment, from the client's words.
                 self._spawn(self._explain_soon(node, message["by"]))
             case "ended":
-                node.ended = True
+                node.ended = node.told = True
                 if all(other.ended for other in self._nodes.values()):
                     self._over.set()
-                elif self._ending is None and not self._told_lost:
-                    # Its agent has ended, and others' go on: by itself it ends only after that.
+                elif self._ending is None and not self._told_lost and not node.done:
                     self._spawn(self._explain_soon(node, ""))
             case kind:
                 self._take_of_ranks(node, kind, message)
@@ -550,6 +582,8 @@ class Gateway:
                     self._tell_agent("agent end", failures=self._failures)
             case "agent gone":
                 self._tell("agent log", lines=message["log"])
+                # Others may still be sending what their ranks have made.
+                node.done = message["status"] == 0
                 if message["status"] < 0 and not self._may_restart():
                     how = _engines.how_it_ended(message["status"])
                     self._lose(f"torchrun's agent on {self._called(node)} {how}, and its ranks with it")
@@ -577,17 +611,21 @@ class Gateway:
         return self._attempt < restarts and self._ending is None
 
     async def _explain_soon(self, node: _Node, by: str) -> None:
+        """Say why a node has ended that was not told to."""
         client = next(client for client in self._clients if node.number in client.link.nodes)
-        # The engine may say why, on every node but one with some delay.
-        for _ in range(20):
-            await asyncio.sleep(0.05)
-            if client.done or self._ending is not None:
+        # The engine may say why, on every node but one with some delay; and who has not even been told says nothing.
+        for _ in range(_EXPLAIN_LOOKS):
+            await asyncio.sleep(_EXPLAIN_LOOK_SECONDS)
+            others = [self._nodes[number] for number in client.link.nodes if not self._nodes[number].told]
+            if client.done or self._ending is not None or (self._engine.reason(list(client.words)) and not others):
                 break
-        if self._ending is not None:
-            return
-        if client.words or client.done:
-            status = client.process.returncode
-            self._lose(self._engine.explain(client.link, 0 if status is None else status, list(client.words)))
+        if by and others and not client.done:
+            silent = max(others, key=lambda other: time.monotonic() - other.heard)
+            self._lose(f"{self._called(silent)} has fallen silent, and {self._engine.title} has ended the others")
+        elif (reason := self._engine.reason(list(client.words))) is not None:
+            self._lose(reason)
+        elif client.done:
+            self._lose(self._engine.explain(client.link, client.process.returncode or 0, list(client.words)))
         elif by:
             self._lose(f"{self._called(node)} was told to end from outside ({by})")
         else:
@@ -729,6 +767,7 @@ class Gateway:
     async def _kill(self) -> None:
         """End the nodes now."""
         self._send(-1, "kill")
+        _engines.ask_no_more()
         if any(node.hello for node in self._nodes.values()):
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._over.wait(), _KILL_SECONDS)
@@ -754,21 +793,43 @@ class Gateway:
 
     async def _cancel(self) -> None:
         for argv in self._engine.cancel():
-            with contextlib.suppress(OSError, asyncio.TimeoutError):
-                process = await asyncio.create_subprocess_exec(
-                    *argv,
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=asyncio.subprocess.DEVNULL,
-                    stderr=asyncio.subprocess.DEVNULL,
-                )
-                await asyncio.wait_for(process.wait(), _CANCEL_SECONDS)
+            await self._run_to_the_end(argv)
+        # A client may have a process that sees to its end, and goes on for ever where it cannot.
+        helpers = {pid for client in self._clients for pid in _process.children_of(client.process.pid)}
+        pidfds = [pidfd for pid in helpers if (pidfd := _process.open_pidfd(pid)) is not None]
         for signum, seconds in ((signal.SIGTERM, _CANCEL_SECONDS), (signal.SIGKILL, 1.0)):
             for client in self._clients:
                 if client.process.returncode is None:
                     with contextlib.suppress(ProcessLookupError):
                         client.process.send_signal(signum)
             if await self._wait_for_clients(seconds):
-                return
+                break
+        for pidfd in pidfds:
+            if not select.select([pidfd], [], [], _HELPER_SECONDS)[0]:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
+
+    async def _run_to_the_end(self, argv: Sequence[str]) -> None:
+        """Run a command that ends what is left; say so if it cannot."""
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *argv,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.DEVNULL,
+            )
+        except OSError:
+            return
+        try:
+            await asyncio.wait_for(process.wait(), _CANCEL_SECONDS)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+            self._tell(
+                "note",
+                text=f"{self._engine.title} does not answer, and may go on holding the nodes: {shlex.join(argv)}",
+            )
 
     async def _wait_for_clients(self, seconds: float) -> bool:
         waits = [asyncio.ensure_future(client.process.wait()) for client in self._clients]
@@ -778,11 +839,6 @@ class Gateway:
         for wait in pending:
             wait.cancel()
         return not pending
-
-
-async def _read_to_the_end(stream: asyncio.StreamReader) -> None:
-    while await stream.read(_READ):
-        pass
 
 
 def _different(hello: Message, ours: Mapping[str, str]) -> str | None:

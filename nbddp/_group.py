@@ -117,7 +117,7 @@ def let_user_take_over() -> None:
 def look_after_new_groups() -> None:
     """Have every process group that is made see that its new connections are this user's, and say that it is made.
 
-    See `nbddp._peers` and `_wait_for_who_joins`.
+    See `nbddp._peers` and `wait_for_who_joins`.
     """
     original = distributed_c10d._new_process_group_helper
 
@@ -141,11 +141,14 @@ def _say_joined(group: Any, store: Any) -> None:
             _joined.append((store, keys))
 
 
-def _wait_for_who_joins() -> None:
+def wait_for_who_joins() -> None:
     """Wait until gloo has made the groups of this rank in the other members, too.
 
     Of two that connect to each other one is done when it has sent its word, the other when it has read it. If the first
     closes the connection before that, since its cell is a short one, the second cannot make its group.
+
+    To be called while the notebook still waits for this rank: it deletes the store with the run's directory, and torch
+    would look for that for minutes.
     """
     deadline = time.monotonic() + _JOIN_SECONDS
     for store, keys in _joined:
@@ -159,7 +162,7 @@ def release() -> None:
     """Destroy the default group if it is still nbddp's."""
     global _ours
     if _ours is not None and dist.is_initialized() and dist.group.WORLD is _ours:
-        _wait_for_who_joins()
+        wait_for_who_joins()
         dist.destroy_process_group()
     _ours = None
 
@@ -168,7 +171,6 @@ def destroy() -> None:
     """Destroy whatever groups the cell leaves."""
     global _ours
     _ours = None
-    _wait_for_who_joins()
     if dist.is_initialized():
         dist.destroy_process_group()
 

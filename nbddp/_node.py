@@ -69,8 +69,9 @@ from nbddp._memory import Meter
 from nbddp._paths import RunDir
 from nbddp._uplink import STACK_SIGNAL
 
-# Seconds between two looks at the ranks' memory.
+# Seconds between two looks at the ranks' memory, and until the first.
 _MEMORY_SECONDS = 2.0
+_MEMORY_SOON = 0.5
 
 # Seconds in which most ranks have written their stack, and how often is looked again.
 _STACK_SECONDS = 0.01
@@ -92,10 +93,6 @@ _LOOK_SECONDS = 0.5
 _BACKLOG = 4 << 20
 
 _READ = 1 << 16
-
-
-class _Ended(BaseException):
-    """The engine has told this process to end."""
 
 
 class _Writer:
@@ -208,9 +205,17 @@ class Node:
         self._heard = time.monotonic()
         self._timers: list[tuple[float, Any]] = []
         self._memory: dict[int, str] = {}
-        self._memory_at = 0.0
+        self._memory_at = float("inf")
         self._over = False
         self._why = ""
+        self._told = ""
+        # A signal wakes the loop, and tears nothing: neither what is being done, nor the end.
+        self._wake, waker = socket.socketpair()
+        for end in (self._wake, waker):
+            end.setblocking(False)
+        self._waker = waker
+        signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+        self._loop.watch(self._wake, self._wake_up)
         self._oom_kills = _process.oom_kills()
 
     # Its life.
@@ -225,7 +230,7 @@ class Node:
         self._send(
             "hello",
             protocol=PROTOCOL,
-            host=socket.gethostname(),
+            host=self._here.name or socket.gethostname(),
             **versions(),
             job=self._here.job,
             pid=os.getpid(),
@@ -234,9 +239,6 @@ class Node:
             while not self._over:
                 self._loop.step(self._next())
                 self._look_at_the_clock()
-        except _Ended as ended:
-            self._why = str(ended)
-            self._send("told to end", by=str(ended))
         except (NbddpError, OSError, FrameError) as error:
             # Of this node alone; the notebook ends the others.
             self._why = str(error)
@@ -246,14 +248,13 @@ class Node:
 
     def close(self) -> None:
         """End all that runs here, delete all files, and say so last."""
-        with contextlib.suppress(_Ended):
-            for rank in self._ranks.values():
-                self._drain(rank)
-            self._client.close()
+        for rank in self._ranks.values():
+            self._drain(rank)
+        self._client.close()
         self._send("ended")
         # Slurm tears the last lines of a task that ends, and others' with them; so it stays until all has been read.
         deadline = time.monotonic() + _GOODBYE_SECONDS
-        with contextlib.suppress(_Ended, OSError):
+        with contextlib.suppress(OSError):
             while time.monotonic() < deadline and not self._writer.broken:
                 if select.select([self._stdin], [], [], _LOOK_SECONDS)[0] and not os.read(self._stdin, _READ):
                     break
@@ -267,7 +268,10 @@ class Node:
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()
-        if self._writer.broken:
+        if self._told and not self._over:
+            self._send("told to end", by=self._told)
+            self._end(self._told)
+        elif self._writer.broken:
             self._end("the connection to the notebook is broken")
         elif now > self._heard + LEASE_SECONDS:
             # This process may itself have been stopped meanwhile: what has come is read first.
@@ -280,6 +284,14 @@ class Node:
         if self._ranks and now > self._memory_at:
             self._memory_at = now + _MEMORY_SECONDS
             self._tell_memory()
+
+    def tell_to_end(self, signum: int, _: object = None) -> None:
+        """Take note of a signal by which the engine ends this node."""
+        self._told = signal.Signals(signum).name
+
+    def _wake_up(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wake.recv(_READ)
 
     def _end(self, why: str = "") -> None:
         self._why, self._over = why, True
@@ -602,6 +614,7 @@ class Node:
             self._forget(old)
             old.close()
         self._ranks[rank.number] = rank
+        self._memory_at = min(self._memory_at, time.monotonic() + _MEMORY_SOON)
         self._send("rank", **{key: value for key, value in messages[0].items() if key != "kind"})
         self._loop.watch(rank.inbox.sock, functools.partial(self._hear, rank))
         self._outputs.register(rank.output, selectors.EVENT_READ, rank)
@@ -644,7 +657,7 @@ class Node:
                     self._wait_for_room()
                     self._writer.put(self._lines.piece(self._file_numbers, data))
         except OSError as error:
-            self._send("note", text=f"cannot send {path}: {error.strerror}")
+            self._send("note", text=f"cannot send {path}: {error.strerror or error}")
             return None
         with contextlib.suppress(OSError):
             os.unlink(path)
@@ -757,18 +770,12 @@ def main(arguments: list[str], env: Mapping[str, str] = os.environ) -> int:
     with open(os.devnull, "rb") as null:
         os.dup2(null.fileno(), 0)
     os.dup2(2, 1)
-
-    def end(signum: int, _: Any) -> None:
-        # Once: what ends now is not to be torn.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise _Ended(signal.Signals(signum).name)
-
-    signal.signal(signal.SIGTERM, end)
     # The ranks are told by the notebook; the hangup of a terminal is not the end of a lease.
     for signum in (signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     here = engine.here(arguments[1] if len(arguments) > 1 else "", env)
     node = Node(here, stdin, stdout)
+    signal.signal(signal.SIGTERM, node.tell_to_end)
     why = ""
     try:
         why = node.run()

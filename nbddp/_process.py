@@ -43,16 +43,17 @@ def die_with_parent(parent: int) -> None:
             os._exit(1)
 
 
-def told_of_parents_death(parent: int) -> Callable[[], None]:
+def told_of_parents_death(parent: int, signum: int = signal.SIGTERM) -> Callable[[], None]:
     """Return what, called in a child between fork and exec, has it end politely when the thread that forked it ends.
 
     Args:
         parent: The parent's pid.
+        signum: The signal that it gets.
     """
 
     def request() -> None:
         if sys.platform == "linux":
-            _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+            _libc.prctl(_PR_SET_PDEATHSIG, int(signum), 0, 0, 0)
             if os.getppid() != parent:
                 os._exit(1)
 

@@ -289,6 +289,8 @@ def _leave(outcome: dict[str, Any]) -> None:
     """Do what a script does at its end, report, leave the process group and return to torchrun."""
     _interrupts.ignore()
     failed = outcome["outcome"] != "done"
+    if not failed:
+        from nbddp import _group
     notebook = _state.notebook
     pickled = None
     with contextlib.suppress(OSError):  # the kernel is gone; so will this process be
@@ -301,14 +303,14 @@ def _leave(outcome: dict[str, Any]) -> None:
             print(text if sys.stderr.isatty() else _palette.uncoloured(text), file=sys.stderr)  # noqa: T201
         _end_as_a_script()
         _complete("results and exit handlers")
+        if not failed:
+            _group.wait_for_who_joins()
         if notebook is not None and not failed:
             notebook.report(times=_state.times, **outcome)
         if notebook is not None:
             notebook.end(pickled)
     if not failed:
         with contextlib.suppress(Exception):
-            from nbddp import _group
-
             _group.destroy()
     _process.hang_up()
     if not _repair.is_forked_rank():

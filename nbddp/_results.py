@@ -6,6 +6,11 @@ When some of it cannot be had, the rest is not lost: it goes with the error, and
 from __future__ import annotations
 
 import builtins
+import contextlib
+import importlib
+import re
+import sys
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +19,7 @@ from nbddp import _closure, _salvage
 from nbddp._errors import ResultError
 from nbddp._paths import RunDir
 from nbddp._pickling import Pickler, Target, load_file
+from nbddp._snapshot import map_file, parts
 
 
 @dataclass(frozen=True)
@@ -129,6 +135,7 @@ def load_parts(
     """Load these names of what a rank has written; return those that there are, and for the others why not."""
     target = _target(device, sent)
     try:
+        _import_torch_for(path)
         load_file(path, target)
         return target.namespace, {}
     except Exception as error:
@@ -140,6 +147,27 @@ def load_parts(
     except Exception:
         return {}, dict.fromkeys(names, why)
     return target.namespace, {name: reasons.get(name, why) for name in names if name not in target.namespace}
+
+
+def _import_torch_for(path: str) -> None:
+    """Import torch if this file of results needs it: the notebook may only have launched cells so far.
+
+    That takes seconds, and must not be torn: torch that is half imported ends the process when it is imported again. On
+    a thread of its own it is not, while here an interrupt is heard at once.
+    """
+    module = sys.modules.get("torch")
+    if module is not None and not getattr(module.__spec__, "_initializing", False):
+        return
+    stream, _ = parts(map_file(path))
+    if re.search(b"torch", stream) is not None:
+        thread = threading.Thread(target=_import_torch, name="nbddp-import", daemon=True)
+        thread.start()
+        thread.join()
+
+
+def _import_torch() -> None:
+    with contextlib.suppress(Exception):  # the loading says so
+        importlib.import_module("torch")
 
 
 def _target(device: str | None, sent: Sequence[Any]) -> Target:

@@ -166,8 +166,8 @@ class InterruptGate:
     def open(self) -> Iterator[None]:
         """Let an interrupt raise KeyboardInterrupt in what may safely be torn, such as pickling.
 
-        Not in an import that this leads to: it raises when all is done, or at the next press outside of one. torch, for
-        one, of which half was imported, ends the process when it is imported again.
+        Not in an import that this leads to: it raises when all is done, or at the next press outside of one. Modules in
+        C that are half imported may end the process when they are imported again.
         """
         if not self._main:
             yield

@@ -80,6 +80,18 @@ def missing(*commands: str) -> list[str]:
     return [command for command in commands if shutil.which(command, path=_PATH) is None]
 
 
+def why_no_slurm() -> str:
+    """Return what keeps a Slurm from being started here; an empty string if nothing does."""
+    if lacking := missing("munged", "slurmctld", "slurmd", "srun", "setpriv"):
+        return f"that takes {', '.join(lacking)}, which `make cluster` installs as root"
+    if not (address := own_address()).startswith("127."):
+        return (
+            "its daemons listen at the address to which this machine's name leads, "
+            f"{address or 'which is none'}, and must at one of loopback: see /etc/hosts"
+        )
+    return ""
+
+
 class Slurm:
     """A Slurm of one partition, "test"; all its nodes have two CPUs each, whatever this machine has.
 
@@ -147,6 +159,10 @@ class Slurm:
         """Return each node's state, such as "idle", "allocated", "down*"."""
         shown = self.run("sinfo", "--noheader", "--Node", "--format=%N %T", check=False).stdout
         return dict(line.split() for line in shown.splitlines())
+
+    def steps(self) -> list[psutil.Process]:
+        """Return every slurmstepd on the nodes."""
+        return self._steps(*self.nodes)
 
     def kill_node(self, name: str) -> None:
         """Kill a node's slurmd and every slurmstepd there, as if at once; what runs below these lives on."""
@@ -327,6 +343,8 @@ class Sshd:
     - "password": the first host, but the user's key is refused, where ssh would ask for a password;
     - "dead": nothing listens;
     - "silent": takes connections, and never says a word.
+
+    The last two are at this machine's loopback, wherever the hosts are.
 
     Args:
         folder: A new folder, for everything.

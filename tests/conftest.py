@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from tests.cluster import Namespaces, Slurm, Sshd, missing, own_address
+from tests.cluster import Namespaces, Slurm, Sshd, missing, why_no_slurm
 from tests.kernel import Kernel
 from tests.leftovers import MARK, leftovers, marked
 
@@ -110,19 +110,21 @@ def lab(_module_lab: Lab) -> Iterator[Lab]:
     _module_lab.close_notebooks()
 
 
-def _need(what: str, *commands: str) -> None:
+def need(what: str, *commands: str) -> None:
+    """Skip where there are no such commands."""
     if lacking := missing(*commands):
         pytest.skip(f"NOT TESTED: {what}; that takes {', '.join(lacking)}, which `make cluster` installs as root")
 
 
+def need_slurm() -> None:
+    """Skip where no Slurm can be started."""
+    if why := why_no_slurm():
+        pytest.skip(f"NOT TESTED: runs under Slurm; {why}")
+
+
 @pytest.fixture(scope="module")
 def _module_slurm(private_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    _need("runs under Slurm", "munged", "slurmctld", "slurmd", "srun")
-    if not (address := own_address()).startswith("127."):
-        pytest.skip(
-            "NOT TESTED: runs under Slurm; its daemons listen at the address to which this machine's name leads, "
-            f"{address or 'which is none'}, and must at one of loopback: see /etc/hosts"
-        )
+    need_slurm()
     slurm = Slurm(tmp_path_factory.mktemp("slurm"), gpus=2)
     yield slurm
     slurm.close()
@@ -138,8 +140,13 @@ def slurm(_module_slurm: Slurm) -> Iterator[Slurm]:
 
 @pytest.fixture(scope="module")
 def _module_sshd(private_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sshd]:
-    _need("runs over ssh", "sshd", "ssh", "ssh-keygen", "setpriv")
+    need("runs over ssh", "sshd", "ssh", "ssh-keygen", "setpriv")
     sshd = Sshd(tmp_path_factory.mktemp("sshd"))
+    tried = subprocess.run(sshd.command("a", "true"), capture_output=True, text=True, check=False, timeout=60)
+    if tried.returncode:
+        log = (sshd.folder / "a.log").read_text()
+        sshd.close()
+        pytest.skip(f"NOT TESTED: runs over ssh; sshd does not let this user in: {tried.stderr.strip()}\n{log}")
     yield sshd
     sshd.close()
 
@@ -155,7 +162,7 @@ def sshd(_module_sshd: Sshd) -> Iterator[Sshd]:
 @pytest.fixture(scope="module")
 def namespaces(private_folders: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Namespaces]:
     """Three machines, login, a and b, with addresses of their own."""
-    _need("machines with addresses of their own", "ip", "unshare", "nsenter", "setpriv")
+    need("machines with addresses of their own", "ip", "unshare", "nsenter", "setpriv")
     try:
         made = Namespaces(tmp_path_factory.mktemp("net"))
     except (ChildProcessError, subprocess.CalledProcessError) as error:

@@ -297,6 +297,9 @@ class _Round:
         code = cell(plan.stage, plan.ranks, self._folder)
         if plan.stage == "importing":
             self._kernel.ok("%reload_ext nbddp")
+        if plan.stage == "results":
+            # The kernel imports it with the first tensor that comes back, and the limits are for the end of a run.
+            self._kernel.ok("import torch")
         request = self._kernel.ask(code)
         started = plan.stage in ("importing", "launching")
         if not started and not wait_until_reached(self._folder, plan.ranks):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+
+from tests.cluster import Slurm, why_no_slurm
 
 
 def save(path: Path) -> None:
@@ -19,9 +23,24 @@ def save(path: Path) -> None:
     nbformat.write(notebook, path)
 
 
+def save_on_slurm(path: Path) -> None:
+    """Do so beside a Slurm of two nodes."""
+    with tempfile.TemporaryDirectory(prefix="slurm-") as folder:
+        slurm = Slurm(Path(folder))
+        try:
+            os.environ.update({name: value for name, value in slurm.env.items() if value is not None})
+            save(path)
+        finally:
+            slurm.close()
+
+
 if __name__ == "__main__":
     for name in sys.argv[1:]:
         if "ultralytics" in name and importlib.util.find_spec("ultralytics") is None:
             print(f"NOT SAVED: {name} takes ultralytics")
-            continue
-        save(Path(name))
+        elif "two_nodes" in name and (why := why_no_slurm()):
+            print(f"NOT SAVED: {name} takes a Slurm; {why}")
+        elif "two_nodes" in name:
+            save_on_slurm(Path(name))
+        else:
+            save(Path(name))

@@ -208,6 +208,7 @@ def test_machines_with_addresses_of_their_own(namespaces: Namespaces) -> None:
         assert ran([*prefix, "ip", "route", "show", "default"]).stdout == ""
 
 
+@pytest.mark.usefixtures("sshd")
 def test_ssh_between_machines_until_the_cable_is_cut(namespaces: Namespaces, tmp_path: Path) -> None:
     folder = tmp_path / "sshd"
     folder.mkdir()
@@ -226,6 +227,7 @@ def test_ssh_between_machines_until_the_cable_is_cut(namespaces: Namespaces, tmp
         until(lambda: ask("b").returncode == 0)
 
 
+@pytest.mark.usefixtures("slurm")
 def test_slurm_between_machines(namespaces: Namespaces, tmp_path_factory: pytest.TempPathFactory) -> None:
     places = [namespaces["a"], namespaces["b"]]
     folder = tmp_path_factory.mktemp("net-slurm")
@@ -243,6 +245,7 @@ def listening(ports: set[int]) -> set[str]:
     return {c.laddr.ip for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port in ports}
 
 
+@pytest.mark.usefixtures("sshd")
 def test_several_at_once_and_nothing_is_left(slurm: Slurm, tmp_path_factory: pytest.TempPathFactory) -> None:
     children = set(psutil.Process().children())
     folders = [tmp_path_factory.mktemp(name) for name in ("three", "ssh")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
@@ -132,10 +133,8 @@ def test_while_capturing(kernel: Kernel) -> None:
 
 
 def test_while_the_launcher_starts(new_kernel: Callable[..., Kernel]) -> None:
-    kernel = new_kernel(load=False)
-    reply = kernel.run_and_after(
-        "%load_ext nbddp\nget_ipython().run_cell_magic('ddp', '--cpus 2', 'print(1)')", 0.4, kernel.interrupt
-    )
+    kernel = new_kernel()  # the launcher imports for some seconds
+    reply = kernel.run_and_after("%%ddp --cpus 2\nprint(1)", 0.4, kernel.interrupt)
     assert reply.error == "KeyboardInterrupt"
     assert reply.seconds < 3
     assert kernel.ok("%%ddp --cpus 2\nprint('fine')").lines == ["[rank 0] fine", "[rank 1] fine"]
@@ -223,27 +222,44 @@ def test_interrupted_training_that_is_caught_brings_its_model_back(kernel: Kerne
         assert kernel.get("steps") > 0
 
 
-# The user's press, while the kernel imports torch to load results; by then its C++ part is there.
+# The user's press, while the kernel imports torch to load results; by then its C++ part is there. Then it takes as
+# long as the test says.
 PRESSES = """
-import os, signal, sys
+import os, signal, sys, time
 class Presses:
     def find_spec(self, name, path=None, target=None):
         if name == "torch.storage":
             sys.meta_path.remove(self)
             os.kill(os.getpid(), signal.SIGINT)
+            while not os.path.exists({go!r}):
+                time.sleep(0.01)
 sys.meta_path.insert(0, Presses())
 """
 
 
-def test_while_the_notebook_imports_what_results_need(new_kernel: Callable[..., Kernel]) -> None:
+def test_while_the_notebook_imports_torch_for_results(new_kernel: Callable[..., Kernel], tmp_path: Path) -> None:
     kernel = new_kernel()
-    kernel.ok(PRESSES)
+    kernel.ok(PRESSES.format(go=str(tmp_path / "go")))
     assert kernel.get("'torch' in sys.modules") is False
     make = "%%ddp --cpus 1 --out x\nimport torch\nx = torch.ones(3)"
-    reply = kernel.run(make)
-    assert reply.error == "KeyboardInterrupt", reply.traceback
-    assert reply.message == "interrupted while the results were loaded; nothing was assigned"
-    assert kernel.get("'x' in globals()") is False
+    request = kernel.ask(make)
+    assert request.wait(20)
+    assert request.reply.error == "KeyboardInterrupt", request.reply.traceback
+    assert request.reply.message == "interrupted while the results were loaded; nothing was assigned"
+    assert kernel.get("['x' in globals(), 'torch.storage' in sys.modules]") == [False, False]
+    (tmp_path / "go").touch()
     # torch ends a process that imports it again when it was half imported.
-    assert kernel.ok(make).status == "ok"
+    kernel.ok(make)
     assert kernel.get("x.sum().item()") == 3
+
+
+def test_while_the_notebook_imports_what_else_results_need(new_kernel: Callable[..., Kernel], tmp_path: Path) -> None:
+    (tmp_path / "needed.py").write_text(
+        "import os, signal\nif os.environ.get('PRESS') == str(os.getpid()):\n    os.kill(os.getpid(), signal.SIGINT)\n"
+        "class Made:\n    pass\ncomplete = True\n"
+    )
+    kernel = new_kernel()
+    kernel.ok(f"import os, sys\nsys.path.insert(0, {str(tmp_path)!r})\nos.environ['PRESS'] = str(os.getpid())")
+    reply = kernel.run("%%ddp --cpus 1 --out x\nimport needed\nx = needed.Made()")
+    assert reply.error == "KeyboardInterrupt", reply.traceback
+    assert kernel.get("['x' in globals(), sys.modules['needed'].complete]") == [False, True]

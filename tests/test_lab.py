@@ -11,6 +11,7 @@ from typing import Literal
 import psutil
 import pytest
 
+from tests.cluster import Slurm
 from tests.lab import Lab, LabNotebook
 
 LOAD = "%load_ext nbddp"
@@ -187,6 +188,10 @@ dist.barrier()
 """
 
 
+ON_NODES = TRAINING.split("\n", 1)[1]
+ON_NODES = f"%%ddp --nnodes 2 --cpus 2\n{ON_NODES}".replace("dist.barrier()\n", "")
+
+
 @pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
 def test_a_training_run(lab: Lab, theme: Literal["JupyterLab Light", "JupyterLab Dark"], screenshots: Path) -> None:
     lab.theme(theme)
@@ -231,3 +236,17 @@ def test_a_training_run(lab: Lab, theme: Literal["JupyterLab Light", "JupyterLab
         assert "nbddp: 4 ranks done in" in copy.text(1)
         copy.click(1, "summary")
         assert copy.visible(1, "details details")
+
+
+def test_a_run_on_nodes(lab: Lab, slurm: Slurm, screenshots: Path) -> None:
+    environment = {name: value for name, value in slurm.env.items() if value is not None}
+    notebook = lab.open([f"import os\nos.environ.update({environment!r})\n{LOAD}", ON_NODES])
+    notebook.ok(0)
+    notebook.start(1)
+    bars = "Array.from(c.area.querySelectorAll('progress')).map(bar => bar.value)"
+    notebook.until(1, f"c => {bars}.length === 4 && {bars}.every(value => value > 0.4)", timeout=90)
+    rows = [line for line in notebook.text(1).splitlines() if "rank" in line]
+    assert any(re.match(r"node0 \(.*\)\s+rank 0", row) for row in rows), rows
+    notebook.screenshot(1, screenshots / "nodes.png")
+    notebook.wait(1)
+    assert re.search(r"nbddp: 4 ranks on 2 nodes done in \d+ s", notebook.text(1))
