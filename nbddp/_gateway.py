@@ -419,18 +419,10 @@ class Gateway:
                     for number in client.link.nodes:
                         self._nodes[number].heard = time.monotonic()
         except FrameError as error:
-            # What comes now is read all the same: srun, for one, does not end before somebody has.
-            rest = asyncio.ensure_future(_read_to_the_end(client.process.stdout))
-            # A node that is killed in the middle of a line does that; then the engine has more to say.
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(asyncio.shield(rest), _TORN_SECONDS)
-            if not rest.done():
-                nodes = " and ".join(self._called(self._nodes[number]) for number in client.link.nodes)
-                self._lose(
-                    f"what came from {nodes} through {self._engine.title} is not what was sent: {error}. Does "
-                    "something there print or read while a shell starts that is not a terminal's?"
-                )
-            await rest
+            self._spawn(self._give_up_torn(client, error))
+            # A client that is not read does not end.
+            while await client.process.stdout.read(_READ):
+                pass
         status = await client.process.wait()
         await asyncio.sleep(0.05)  # for the last words
         client.done = True
@@ -438,6 +430,17 @@ class Gateway:
             self._lose(self._engine.explain(client.link, status, list(client.words)))
         if all(client.done for client in self._clients):
             self._over.set()  # nobody is left who could say more
+
+    async def _give_up_torn(self, client: _Client, error: FrameError) -> None:
+        # A node that is killed in the middle of a line does that; then the engine has more to say.
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(client.process.wait(), _TORN_SECONDS)
+        if client.process.returncode is None:
+            nodes = " and ".join(self._called(self._nodes[number]) for number in client.link.nodes)
+            self._lose(
+                f"what came from {nodes} through {self._engine.title} is not what was sent: {error}. Does something "
+                "there print or read while a shell starts that is not a terminal's?"
+            )
 
     async def _read_words(self, client: _Client) -> None:
         assert client.process.stderr is not None
@@ -840,11 +843,6 @@ class Gateway:
         for wait in pending:
             wait.cancel()
         return not pending
-
-
-async def _read_to_the_end(stream: asyncio.StreamReader) -> None:
-    while await stream.read(_READ):
-        pass
 
 
 def _different(hello: Message, ours: Mapping[str, str]) -> str | None:

@@ -105,6 +105,38 @@ IDLE = (
 )
 
 
+def attack(
+    folders: list[Path], sockets: list[str], processes: list[psutil.Process], ports: list[tuple[str, str, int]]
+) -> dict[str, list[str]]:
+    """Try everything; return what worked."""
+    outcome: dict[str, list[str]] = {
+        "files": [found for folder in folders for found in read_everything(str(folder))],
+        "sockets": [],
+        "processes": [],
+        "ports": [],
+    }
+    for path in sockets:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as one:
+            one.connect(path)
+            outcome["sockets"].append(path)
+    for process in processes:
+        for name in ("environ", "mem", "maps", "fd/0", "fd/1", "cwd/."):
+            with contextlib.suppress(OSError):
+                os.close(os.open(f"/proc/{process.pid}/{name}", os.O_RDONLY))
+                outcome["processes"].append(f"{process.pid}: {name}")
+        with contextlib.suppress(OSError):
+            os.kill(process.pid, 9)
+            outcome["processes"].append(f"{process.pid}: killed")
+    for _, ip, port in ports:
+        with socket.socket() as one:
+            one.connect((ip, port))
+            one.settimeout(0.3)
+            with contextlib.suppress(OSError):
+                one.sendall(bytes(64))
+                outcome["ports"].append(one.recv(64).hex())
+    return outcome
+
+
 def test_a_stranger_reads_connects_and_signals_nowhere(new_kernel: Callable[..., Kernel], open_temp: Path) -> None:
     kernel = new_kernel(env={"TMPDIR": str(open_temp)})
     kernel.ok("import torch, torch.distributed as dist\nsecret = 42.0\ndata = torch.zeros(1 << 20)")
@@ -119,41 +151,89 @@ def test_a_stranger_reads_connects_and_signals_nowhere(new_kernel: Callable[...,
         shm = Path("/dev/shm", session.name)
         assert any(shm.rglob("closure*"))
 
-        def attack() -> dict[str, Any]:
-            outcome: dict[str, Any] = {
-                "files": read_everything(str(session)) + read_everything(str(shm)),
-                "sockets": [],
-                "processes": [],
-                "ports": [],
-            }
-            for path in sockets:
-                with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as one:
-                    one.connect(path)
-                    outcome["sockets"].append(path)
-            for process in processes:
-                for name in ("environ", "mem", "maps", "fd/1", "cwd/."):
-                    with contextlib.suppress(OSError):
-                        os.close(os.open(f"/proc/{process.pid}/{name}", os.O_RDONLY))
-                        outcome["processes"].append(f"{process.pid}: {name}")
-                with contextlib.suppress(OSError):
-                    os.kill(process.pid, 9)
-                    outcome["processes"].append(f"{process.pid}: killed")
-            for _, ip, port in ports:
-                with socket.socket() as one:
-                    one.connect((ip, port))
-                    one.settimeout(0.3)
-                    with contextlib.suppress(OSError):
-                        one.sendall(bytes(64))
-                        outcome["ports"].append(one.recv(64).hex())
-            return outcome
-
-        seen.update(as_stranger(attack))
+        seen.update(as_stranger(lambda: attack([session, shm], sockets, processes, ports)))
 
     reply = kernel.run_and(IDLE.format(seconds=3) + "\nprint(data.sum().item())", "[rank 1] up", look)
     # Connections to gloo's ports are accepted, since it listens; nothing is said to them.
     assert seen == {"files": [], "sockets": [], "processes": [], "ports": []}
     assert "[rank 0] done" in reply.text
     assert reply.status == "ok"
+
+
+ON_NODES = "%%ddp --engine local --nnodes 2 --cpus 1\n"
+
+
+def test_on_nodes_a_stranger_reads_connects_and_signals_nowhere(
+    new_kernel: Callable[..., Kernel], open_temp: Path
+) -> None:
+    kernel = new_kernel(env={"TMPDIR": str(open_temp)})
+    kernel.ok("import torch, torch.distributed as dist\nsecret = 42.0\ndata = torch.zeros(1 << 20)")
+    kernel.ok("import os\nos.environ['TOKEN'] = 'hunter2'")
+    seen: dict[str, Any] = {}
+
+    def look() -> None:
+        # The gateway, the nodes, and on each a launcher, torchrun's agent, and a rank.
+        processes = psutil.Process(kernel.pid).children(recursive=True)
+        commands = [" ".join(process.cmdline()) for process in processes]
+        assert sum("nbddp._node" in command for command in commands) >= 2
+        assert not any(word in command for command in commands for word in ("hunter2", "42.0"))
+        sessions = list(open_temp.glob("nbddp-*"))
+        assert len(sessions) == 3
+        folders = [*sessions, *(Path("/dev/shm", session.name) for session in sessions)]
+        sockets = [str(path) for session in sessions for path in session.rglob("*") if path.is_socket()]
+        assert len(sockets) >= 3
+        ports = listening(processes)
+        # gloo's of each rank, and the store, at the one address by which the engine reaches the nodes.
+        assert [ip for _, ip, _ in ports] == ["127.0.0.1"] * 3
+        seen.update(as_stranger(lambda: attack(folders, sockets, processes, ports)))
+
+    code = IDLE.format(seconds=3).partition("\n")[2] + "\nprint(data.sum().item())"
+    reply = kernel.run_and(ON_NODES + code, "rank 1] up", look, timeout=100)
+    assert seen == {"files": [], "sockets": [], "processes": [], "ports": []}
+    assert reply.status == "ok", reply.traceback
+    assert "[node0 rank 0] done" in reply.text
+
+
+def test_on_nodes_what_a_stranger_puts_into_the_store_is_not_unpickled(kernel: Kernel, tmp_path: Path) -> None:
+    """He reaches it, and all that is in it he can change: that can end the run, and do no more."""
+    target = tmp_path / "owned"
+
+    class Payload:
+        def __reduce__(self) -> tuple[object, ...]:
+            return os.system, (f"touch {target}",)
+
+    from datetime import timedelta
+
+    from torch.distributed import TCPStore
+
+    changed: list[str] = []
+
+    def change(host: str, port: int) -> list[str]:
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5), wait_for_workers=False)
+        keys = [key for key in store.list_keys() if not key.startswith("init/")]
+        for key in keys:
+            store.set(key, pickle.dumps(Payload()))
+        return keys
+
+    def act() -> None:
+        host, port = where.read_text().split()
+        changed.extend(as_stranger(lambda: change(host, int(port))))
+
+    kernel.ok("import os, time, torch, torch.distributed as dist")
+    where = tmp_path / "where"
+    kernel.run_and(
+        f"{ON_NODES}open({str(where)!r}, 'w').write(os.environ['MASTER_ADDR'] + ' ' + os.environ['MASTER_PORT'])\n"
+        "dist.barrier()\nprint('up', flush=True)\ntime.sleep(2)\n"
+        "dist.barrier()\ngot = [None, None]\ndist.all_gather_object(got, rank)\ndist.new_group()",
+        "rank 1] up",
+        act,
+        timeout=100,
+    )
+    # Those of torchrun's agents, and those of the ranks' group.
+    assert any("agent" in key for key in changed), changed
+    assert any("nbddp" in key for key in changed), changed
+    assert not target.exists()
+    assert kernel.ok(f"{ON_NODES}print('again')", timeout=100).lines == [f"[node{r} rank {r}] again" for r in range(2)]
 
 
 def test_the_ports_that_are_listened_on(kernel: Kernel) -> None:

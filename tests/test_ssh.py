@@ -125,7 +125,7 @@ def test_a_host_that_never_says_a_word(kernel: Kernel) -> None:
 
 @pytest.mark.parametrize(
     "hosts",
-    ["-oProxyCommand=touch${IFS}owned,b", "a,-F/etc/passwd", "--", "a,b;touch owned", "a,$(touch owned)", "a b`id`"],
+    ["-oProxyCommand=touch${IFS}owned,b", "a,-F/etc/passwd", "a,--", "a,b;touch owned", "a,$(touch owned)", "a b`id`"],
 )
 def test_a_host_is_no_option_and_no_command(kernel: Kernel, hosts: str) -> None:
     with pytest.raises(OptionError, match="--hosts"):
@@ -239,13 +239,22 @@ def test_what_the_notebook_has_set_goes_along_and_nothing_else(kernel: Kernel, s
     with configured(sshd, *lines):
         subprocess.run(["ssh", "-F", str(sshd.config), "-fN", "a"], check=True, timeout=20, stderr=subprocess.DEVNULL)
         try:
-            code = "import os, json\nprint(json.dumps(dict(os.environ)))"
+            code = (
+                "import os, json, subprocess\nprint(json.dumps(dict(os.environ)), flush=True)\n"
+                # What looks like a node's own words is a rank's words all the same.
+                "os.write(1, b'@0 5 .SnsiIn0=\\n')\nos.write(2, b'@1 0 .!!\\n')\n"
+                "subprocess.run(['echo', '@0 6 .SnsiIn0='], check=True)"
+            )
             shown = works(kernel, "--hosts a,jumped --cpus 1 --env GIVEN='x y' --env EMPTY=", code)
             # The user's own connection is as it was.
             subprocess.run(["ssh", "-F", str(sshd.config), "-O", "check", "a"], check=True, stderr=subprocess.DEVNULL)
         finally:
             subprocess.run(["ssh", "-F", str(sshd.config), "-O", "exit", "a"], check=True, stderr=subprocess.DEVNULL)
             kernel.ok("del os.environ['SET_IN_NOTEBOOK']")
+    assert sorted(line for line in shown if "@" in line and "{" not in line) == [
+        f"[node{n} rank {n}] {words}" for n in range(2) for words in ("@0 5 .SnsiIn0=", "@0 6 .SnsiIn0=", "@1 0 .!!")
+    ]
+    shown = [line for line in shown if "{" in line]
     assert len(shown) == 2
     for line in shown:
         env = json.loads(line.partition("] ")[2])
