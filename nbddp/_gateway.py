@@ -58,9 +58,6 @@ _FINISH_SECONDS = 10.0
 # Seconds that a client whose lines are torn has for its end.
 _TORN_SECONDS = 1.0
 
-# Seconds that a client, whose nodes have all said that they have ended, has for its own end.
-_CLIENT_SECONDS = 5.0
-
 # Seconds between two looks at what is waited for: first, and at most.
 _LOOK_SECONDS = (0.5, 15.0)
 
@@ -781,7 +778,7 @@ class Gateway:
                     client.process.stdin.close()  # type: ignore[union-attr]
         polite = bool(self._clients) and all(node.ended for node in self._nodes.values())
         if polite:
-            await self._wait_for_clients(_CLIENT_SECONDS)
+            await self._wait_for_clients(self._engine.client_seconds)
         if any(client.process.returncode is None for client in self._clients) or not polite:
             await self._cancel()
         for rank in self._ranks.values():

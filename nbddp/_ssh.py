@@ -50,6 +50,8 @@ class Ssh(Engine):
     title = "ssh"
     # Even from a disk on the network a bare interpreter is there by then.
     answer_seconds = 60.0
+    # It goes on for as long as anything that a shell's start-up file has left running holds its stdout open.
+    client_seconds = 0.5
 
     def links(self, command: Sequence[str]) -> Sequence[Link]:
         """Return a client for each host."""
