@@ -252,7 +252,9 @@ class Client:
 
     def _end_leftovers(self) -> None:
         """Kill what still runs of this session after its launcher was killed."""
-        _process.kill_marked(_settings.SESSION, self.session.name)
+        # Not the session that would be made anew if this one's directory is gone already.
+        if self._session is not None:
+            _process.kill_marked(_settings.SESSION, self._session.name)
 
     def _stop_launcher(self, *, word: bytes = GOODBYE) -> None:
         self.wake()

@@ -137,12 +137,12 @@ class Engine(abc.ABC):
         return None
 
     @abc.abstractmethod
-    def explain(self, link: Link, status: int, words: Sequence[str]) -> str:
-        """Return why a client has ended before its nodes have, in a sentence.
+    def explain(self, link: Link, status: int | None, words: Sequence[str]) -> str:
+        """Return why a client has ended before its nodes have, or one of them by itself, in a sentence.
 
         Args:
             link: The client.
-            status: Its exit status; minus a signal.
+            status: Its exit status; minus a signal. None if it still runs.
             words: What it said last.
         """
 
@@ -174,7 +174,7 @@ class Local(Engine):
         """Return one client for each node: its process itself."""
         return [Link([*command, str(node)], [node]) for node in range(self.placement.nnodes)]
 
-    def explain(self, link: Link, status: int, words: Sequence[str]) -> str:
+    def explain(self, link: Link, status: int | None, words: Sequence[str]) -> str:
         """Return how the process ended."""
         return f"{self.name(link.nodes[0])} {how_it_ended(status)}{said(words)}"
 
@@ -201,8 +201,10 @@ def kind(name: str) -> type[Engine]:
     return found
 
 
-def how_it_ended(status: int) -> str:
-    """Return how a process ended, from its exit status (negative: minus a signal)."""
+def how_it_ended(status: int | None) -> str:
+    """Return how a process ended, from its exit status (negative: minus a signal; None: it has not)."""
+    if status is None:
+        return "was told to end from outside"
     if status < 0:
         try:
             return f"was killed by signal {-status} ({signal.Signals(-status).name})"

@@ -614,15 +614,16 @@ class Gateway:
         for _ in range(_EXPLAIN_LOOKS):
             await asyncio.sleep(_EXPLAIN_LOOK_SECONDS)
             others = [self._nodes[number] for number in client.link.nodes if not self._nodes[number].told]
-            if client.done or self._ending is not None or (self._engine.reason(list(client.words)) and not others):
+            reason = self._engine.reason(list(client.words))
+            if client.done or self._ending is not None or reason is not None:
                 break
-        if by and others and not client.done:
+        if reason is not None:
+            self._lose(reason)
+        elif by and others and not client.done:
             silent = max(others, key=lambda other: time.monotonic() - other.heard)
             self._lose(f"{self._called(silent)} has fallen silent, and {self._engine.title} has ended the others")
-        elif (reason := self._engine.reason(list(client.words))) is not None:
-            self._lose(reason)
-        elif client.done:
-            self._lose(self._engine.explain(client.link, client.process.returncode or 0, list(client.words)))
+        elif client.done or client.words:
+            self._lose(self._engine.explain(client.link, client.process.returncode, list(client.words)))
         elif by:
             self._lose(f"{self._called(node)} was told to end from outside ({by})")
         else:
@@ -791,6 +792,9 @@ class Gateway:
     async def _cancel(self) -> None:
         for argv in self._engine.cancel():
             await self._run_to_the_end(argv)
+        # Nodes that are told to end, or see the end of their stdin, clear up; those whose client is killed may not.
+        if await self._wait_for_clients(_CLIENT_SECONDS):
+            return
         # A client may have a process that sees to its end, and goes on for ever where it cannot.
         helpers = {pid for client in self._clients for pid in _process.children_of(client.process.pid)}
         pidfds = [pidfd for pid in helpers if (pidfd := _process.open_pidfd(pid)) is not None]

@@ -268,8 +268,6 @@ class Slurm(Engine):
         # What a task of its own accord has said before the others were ended.
         if tasks := [task for line in words[:first] if (task := _TASK_ENDED.search(line))]:
             return self._how_tasks_ended(tasks, text, words)
-        if found := _CANCELLED.search(text):
-            return f"Slurm's step {found[1]} was cancelled from outside (scancel)"
         if self._queued is not None and _REVOKED.search(text):
             return f"Slurm's job {self._queued} was cancelled while it waited in the queue (scancel)"
         if _NO_CONTROLLER.search(text):
@@ -289,9 +287,13 @@ class Slurm(Engine):
             return f"{names}: nbddp's process there ended ({how.lower()}){said(quoted or words)}"
         return f"{names}: nbddp's process there was ended from outside ({how.lower()})"
 
-    def explain(self, link: Link, status: int, words: Sequence[str]) -> str:
+    def explain(self, link: Link, status: int | None, words: Sequence[str]) -> str:
         """Tell why the job has ended."""
-        return self.reason(words) or f"srun {how_it_ended(status)}{said(words)}"
+        if (reason := self.reason(words)) is not None:
+            return reason
+        if found := _CANCELLED.search("\n".join(words)):
+            return f"Slurm's step {found[1]} was cancelled from outside (scancel)"
+        return f"srun {how_it_ended(status)}{said(words)}"
 
     def cancel(self) -> Sequence[Sequence[str]]:
         """Cancel the job by its name, which no other has; a step ends with its srun."""

@@ -62,11 +62,11 @@ class Ssh(Engine):
             links.append(Link(["ssh", *_OPTIONS, "--", host, remote], [node]))
         return links
 
-    def explain(self, link: Link, status: int, words: Sequence[str]) -> str:
+    def explain(self, link: Link, status: int | None, words: Sequence[str]) -> str:
         """Return what keeps ssh from reaching the host, or how the command on it ended."""
         host = self.placement.hosts[link.nodes[0]]
         name, text = self.name(link.nodes[0]), "\n".join(words)
-        if status < 0:
+        if status is not None and status < 0:
             return f"{name}: the ssh client that leads to {host} {how_it_ended(status)}"
         if status == _SSH and _HOST_KEY.search(text):
             return (
