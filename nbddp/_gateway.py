@@ -58,8 +58,8 @@ _FINISH_SECONDS = 10.0
 # Seconds that a client whose lines are torn has for its end.
 _TORN_SECONDS = 1.0
 
-# Seconds that a client, whose nodes have all said that they have ended, has for its own end.
-_CLIENT_SECONDS = 5.0
+# Seconds that nodes which have not said that they have ended have for that, once nothing more comes to them.
+_CLEAR_SECONDS = 5.0
 
 # Seconds between two looks at what is waited for: first, and at most.
 _LOOK_SECONDS = (0.5, 15.0)
@@ -782,7 +782,7 @@ class Gateway:
                     client.process.stdin.close()  # type: ignore[union-attr]
         polite = bool(self._clients) and all(node.ended for node in self._nodes.values())
         if polite:
-            await self._wait_for_clients(_CLIENT_SECONDS)
+            await self._wait_for_clients(self._engine.client_seconds)
         if any(client.process.returncode is None for client in self._clients) or not polite:
             await self._cancel()
         for rank in self._ranks.values():
@@ -796,7 +796,8 @@ class Gateway:
         for argv in self._engine.cancel():
             await self._run_to_the_end(argv)
         # Nodes that are told to end, or see the end of their stdin, clear up; those whose client is killed may not.
-        if await self._wait_for_clients(_CLIENT_SECONDS):
+        clearing = any(node.hello and not node.ended for node in self._nodes.values())
+        if await self._wait_for_clients(_CLEAR_SECONDS if clearing else 0.0):
             return
         # A client may have a process that sees to its end, and goes on for ever where it cannot.
         helpers = {pid for client in self._clients for pid in _process.children_of(client.process.pid)}

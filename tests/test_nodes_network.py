@@ -137,7 +137,7 @@ def test_under_slurm(
         finally:
             namespaces.mend("b")
         assert "node1 (b)" in request.reply.message, request.reply.message
-        slurm.restore()
+        assert not slurm.restore()
         shown = kernel.ok(f"{line}\n{HERE}", timeout=SECONDS)
         assert shown.lines == ["[node0 rank 0] a 2.0", "[node1 rank 1] b 2.0"]
         kernel.close()
