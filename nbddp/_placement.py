@@ -56,7 +56,8 @@ class Nodes:
         stage: What they are at, before there are ranks.
         hosts: Their names, by number.
         lost: What has ended the run, if it was not its ranks.
-        agent_words: What a torchrun agent on a node has said last, if it could not start its ranks.
+        agent_words: What the first torchrun agent that had something to say has said last, if it could not start its
+            ranks.
         note: Shows a line that a node has to say.
     """
 
@@ -77,7 +78,8 @@ class Nodes:
             case "note":
                 self.note(f"nbddp: {message['text']}")
             case "agent log":
-                self.agent_words = message["lines"]
+                # The one that has failed ends first; the others are ended, and most have nothing to say.
+                self.agent_words = self.agent_words or message["lines"]
             case "lost":
                 self.lost = message["reason"]
 
