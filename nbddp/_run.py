@@ -259,15 +259,22 @@ class Run:
         ]
         if missing and self._ladder is None and self._launch.nnodes > 1 and not self._ranks.states:
             self._relay.say(f"nbddp: {_machines.waiting(self._launch)}")
-        elif missing and self._ladder is None and self.world.nodes is not None:
-            stage = self.world.nodes.stage
+        elif len(missing) == self._launch.ranks and self._ladder is None and self._stage:
+            stage = self._stage
             self._relay.say(f"nbddp: no rank has begun the cell after {_SLOW_START_SECONDS:g} s: {stage}")
         elif missing and self._ladder is None:
             have = "has" if len(missing) == 1 else "have"
+            # The doctor sees this machine alone.
+            doctor = "; %ddp doctor looks for the cause" if self.world.nodes is None else ""
             self._relay.say(
                 f"nbddp: {rank_list(missing)} {have} not begun the cell after {_SLOW_START_SECONDS:g} s. An interrupt "
-                "says what they are at; %ddp doctor looks for the cause"
+                f"says what they are at{doctor}"
             )
+
+    @property
+    def _stage(self) -> str:
+        """What nodes are at that have not started all ranks; empty if they have, or there are none."""
+        return "" if self.world.nodes is None or self.world.complete else self.world.nodes.stage
 
     # Stopping.
 
