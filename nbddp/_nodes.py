@@ -31,15 +31,16 @@ class Gateway:
     """The process between this kernel and the nodes of one run.
 
     Args:
-        session: The kernel's session, in whose directory it keeps its log.
+        session: The kernel's session.
+        run_dir: The run's files, of which its log is one.
         path: Its ``sys.path``.
 
     Raises:
         LaunchError: It cannot be started.
     """
 
-    def __init__(self, session: Session, path: list[str]) -> None:
-        self._log = os.path.join(session.root, "gateway.log")
+    def __init__(self, session: Session, run_dir: RunDir, path: list[str]) -> None:
+        self._log = run_dir.gateway_log
         ours, theirs = socket.socketpair()
         command = _COMMAND.format(path=path, fd=theirs.fileno(), kernel=os.getpid())
         try:

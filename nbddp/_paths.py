@@ -48,6 +48,7 @@ class RunDir:
         self.script = os.path.join(root, "cell.py")
         self.socket = os.path.join(root, "socket")
         self.agent_log = os.path.join(root, "agent.log")
+        self.gateway_log = os.path.join(root, "gateway.log")
         self.torchrun_logs = os.path.join(root, "torchrun")
         self.temp = os.path.join(root, "tmp")
 

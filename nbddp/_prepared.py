@@ -262,10 +262,11 @@ class Prepared:
     def _world(self, launch: Launch, server: socket.socket) -> World:
         """Return the processes, which this machine's launcher is to start, or a gateway on nodes."""
         if self.devices.placement is None:
-            return World(launch, server, self.client.open_channel(launch.env), self.client.wake)
-        gateway = _nodes.Gateway(self.client.session, _client.search_path())
+            channel = self.client.open_channel(launch.env)
+            return World(launch, server, channel, self.client.wake, last_words=self.client.last_words)
+        gateway = _nodes.Gateway(self.client.session, self.run_dir, _client.search_path())
         asked = _nodes.request(launch, self.run_dir, self._closure_path)
-        return World(launch, server, gateway.channel, gateway.wake, asked, gateway.reap)
+        return World(launch, server, gateway.channel, gateway.wake, asked, gateway.reap, gateway.last_words)
 
     def _relay(self, secret: str, stack: contextlib.ExitStack) -> Relay:
         """Return what shows the ranks' output; the stack closes it and puts the logs away."""
@@ -391,7 +392,7 @@ class Prepared:
             said,
             known=self.job.known - set(self.job.names),
             sent=self.sent,
-            launcher=self.client.last_words() if run.world.launcher_died else None,
+            launcher=run.world.last_words() if run.world.launcher_died else None,
             holders=self.kept.holders() if self.kept is not None else {},
         )
         return error_of(ending, circumstances)

@@ -34,7 +34,7 @@ class Circumstances:
         known: Names that the notebook has and the ranks were not given.
         sent: The objects that went to the ranks.
         gate: Tells of interrupts.
-        launcher: What the launcher said last, if it ended before the run did.
+        launcher: What the launcher, or the gateway to the nodes, said last, if it ended before the run did.
         holders: For each name that some of the kept ranks hold, and not all, those that do.
     """
 
@@ -69,10 +69,10 @@ def error_of(ending: Ending, run: Circumstances) -> BaseException:
         return RunLostError(nodes.lost)
     if ending.refusal is not None:
         return LaunchError(f"no rank could be started: {ending.refusal}")
-    if run.launcher is not None and nodes is not None:
-        return RunLostError("nbddp's gateway to the nodes ended, and the run with it", notes=(run.launcher,))
     if run.launcher is not None:
-        return RunLostError("nbddp's launcher ended, and the run with it", notes=(run.launcher,))
+        what = "nbddp's launcher" if nodes is None else "nbddp's gateway to the nodes"
+        # Who is killed says nothing.
+        return RunLostError(f"{what} ended, and the run with it", notes=tuple(filter(None, [run.launcher])))
     first = ending.first if ending.cause != "no ranks" else None
     # Some ranks may be there already when there is no room for the next.
     if first is None or (first.outcome is None and not first.in_cell):

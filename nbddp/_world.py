@@ -42,6 +42,7 @@ class World:
         wake: Called when the launcher is needed; somebody may have stopped it.
         request: What else the launcher, or the gateway in its place, is to be told with the launch.
         closed: Called when all is closed.
+        last_words: Returns what the launcher, or the gateway, has said last.
 
     Attributes:
         loop: Where all that concerns them is waited for.
@@ -51,6 +52,7 @@ class World:
         agent_status: The agent's exit status, if it ended without a word.
         refusal: Why the launcher started nothing, if it said so.
         nodes: What is known of the nodes that the ranks are on; None if they are on this machine.
+        last_words: Returns what the launcher, or the gateway, has said last.
     """
 
     def __init__(
@@ -61,8 +63,10 @@ class World:
         wake: Callable[[], None],
         request: Mapping[str, Any] = MappingProxyType({}),
         closed: Callable[[], None] = lambda: None,
+        last_words: Callable[[], str] = lambda: "",
     ) -> None:
         self.launch = launch
+        self.last_words = last_words
         self._request = request
         self._when_closed = closed
         self._server = server
