@@ -85,12 +85,15 @@ def torchrun_options(
     max_restarts: int,
     start_method: str,
     nnodes: int = 1,
-    node_rank: int = 0,
+    node_rank: int | str = 0,
     rdzv_endpoint: str | None = None,
     *,
     placed: bool = False,
 ) -> list[str]:
-    """Return torchrun's options for a run, or for this machine's part of one."""
+    """Return torchrun's options for a run, or for this machine's part of one.
+
+    Where it is for people, the machine's number may be a letter.
+    """
     options = ["--nnodes", str(nnodes), "--nproc-per-node", str(ranks)]
     if nnodes == 1:
         options += ["--rdzv-backend", BACKEND, "--rdzv-endpoint", f"{LOOPBACK}:0", "--rdzv-id", BACKEND]

@@ -34,11 +34,12 @@ class Client:
     """One per kernel: its session directory and its launcher. Safe to use from any thread.
 
     Attributes:
-        cannot_fork: True once a forked rank found that it cannot use CUDA; runs then start new interpreters.
+        cannot_fork: Where a forked rank has found that it cannot use CUDA: runs start new interpreters there. None is
+            this machine, and others are what `nbddp._placement.Placement.machines` has.
     """
 
     def __init__(self) -> None:
-        self.cannot_fork = False
+        self.cannot_fork: set[tuple[object, ...] | None] = set()
         self._lock = threading.RLock()
         self._session: Session | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -151,8 +152,13 @@ class Client:
                             raise self.launcher_died() from error
         raise AssertionError("unreachable")
 
-    def start_method(self, env: Mapping[str, str], machines: int = 1) -> str:
-        """Return how ranks with this environment, on so many machines, are started: "fork" or "spawn".
+    def start_method(self, env: Mapping[str, str], machines: int = 1, where: tuple[object, ...] | None = None) -> str:
+        """Return how ranks are started: "fork" or "spawn".
+
+        Args:
+            env: Their environment.
+            machines: On how many machines they are launched by hand, one for each.
+            where: On which nodes they are; None for this machine.
 
         Raises:
             LaunchError: The user asks for another way.
@@ -163,7 +169,7 @@ class Client:
             raise LaunchError(str(error)) from None
         # macOS frameworks abort in forked children.
         # Nor may an agent fork that serves torch's store, as the first of several machines' does: that has threads.
-        can_fork = sys.platform == "linux" and not self.cannot_fork and machines == 1
+        can_fork = sys.platform == "linux" and where not in self.cannot_fork and machines == 1
         return wanted or ("fork" if can_fork else "spawn")
 
     def count_gpus(self, env: Mapping[str, str], gate: InterruptGate, seconds: float | None = None) -> int:

@@ -162,11 +162,10 @@ def _torchrun_options(job: Job, devices: _devices.Devices, client: _client.Clien
         start_method = client.start_method(env, options.nnodes)
         where = options.nnodes, options.node_rank or 0, options.rdzv_endpoint
         return torchrun_options(devices.ranks, options.max_restarts, start_method, *where)
-    start_method = client.start_method(env)
-    words = torchrun_options(
-        placement.ranks_per_node, options.max_restarts, start_method, placement.nnodes, 0, "NODE0:PORT", placed=True
+    start_method = client.start_method(env, where=placement.machines)
+    return torchrun_options(
+        placement.ranks_per_node, options.max_restarts, start_method, placement.nnodes, "K", "NODE0:PORT", placed=True
     )
-    return [word.replace("rank=0", "rank=K") for word in words]
 
 
 def prepare(

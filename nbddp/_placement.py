@@ -32,11 +32,17 @@ class Placement:
     slurm: str = ""
     python: str = ""
     job: str = ""
+    visible: Sequence[str] = ()
 
     @property
     def ranks(self) -> int:
         """How many ranks there are on all nodes."""
         return self.nnodes * self.ranks_per_node
+
+    @property
+    def machines(self) -> tuple[object, ...] | None:
+        """What its nodes are told from others by, of which another run may get some; None if they are this machine."""
+        return None if self.engine == "local" else (self.engine, *self.hosts, self.slurm, self.python)
 
     def node_of(self, rank: int) -> int:
         """Return the number of the node that a rank is on."""

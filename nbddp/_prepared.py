@@ -121,6 +121,11 @@ class Prepared:
         return self.kept is None or self.kept.world is None
 
     @property
+    def _machines(self) -> tuple[object, ...] | None:
+        """What its nodes are told from others by; None if they are this machine."""
+        return self.devices.placement.machines if self.devices.placement is not None else None
+
+    @property
     def sent(self) -> Sequence[Any]:
         """The classes and functions that the ranks have got, by number."""
         return self.met if self.kept is None else [*self.kept.definitions, *self.met]
@@ -224,9 +229,10 @@ class Prepared:
             try:
                 return self._attempt(gate, start_method)
             except _CannotFork as error:
-                self.client.cannot_fork = True
+                self.client.cannot_fork.add(self._machines)
                 start_method = "spawn"
-                self.say(f"nbddp: CUDA does not work in a forked process here; starting new ones ({error})")
+                place = "here" if self._machines is None else "there"
+                self.say(f"nbddp: CUDA does not work in a forked process {place}; starting new ones ({error})")
             except _LauncherDied:
                 # But not for ever.
                 if launcher_died:
@@ -369,7 +375,7 @@ class Prepared:
             cwd=_client.working_directory() or None,
             umask=umask,
             path=_client.search_path(),
-            start_method=self.client.start_method({**os.environ, **env}, machines),
+            start_method=self.client.start_method({**os.environ, **env}, machines, self._machines),
             nnodes=machines,
             node_rank=self.job.options.node_rank or 0,
             rdzv_endpoint=self.job.options.rdzv_endpoint,
