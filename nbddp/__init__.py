@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+# First of all: what it reads may not be there later.
+from nbddp import _beginning  # noqa: F401  # read when it is imported
 from nbddp._errors import (
     CaptureError,
     ExportError,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from nbddp import _machines, _nodes, _process
@@ -51,52 +51,86 @@ def choose(
     Raises:
         LaunchError: There are fewer GPUs than asked for, or none and no number of ranks was given.
     """
-    if options.placed:
-        placement = _nodes.place(options)
+    placement = _nodes.place(options) if options.placed else None
+    if placement is not None and not (placement.engine == "local" and placement.gpus):
         return Devices(placement.ranks, gpus=placement.gpus, placement=placement)
     if options.cpus is not None:
         return Devices(options.cpus, gpus=False)
     there = count_gpus()
-    wanted = len(options.gpu_ids) or options.gpus
+    wanted = len(options.gpu_ids) or (options.gpus if placement is None else placement.ranks)
     if there == 0:
-        if options.gpu_ids:
-            raise LaunchError(f"--gpu-ids {_listed(options)}: there is no GPU here. --cpus {wanted} runs on the CPU")
-        if wanted is None:
-            raise LaunchError("there is no GPU here, so say how many ranks to run on the CPU, as in %%ddp --cpus 2")
-        ranks = "1 rank" if wanted == 1 else f"{wanted} ranks"
-        return Devices(wanted, gpus=False, note=f"nbddp: there is no GPU here; {ranks} on the CPU, over gloo")
-    have = "1 GPU" if there == 1 else f"{there} GPUs"
+        return _without_gpus(options, wanted, placement)
     if options.gpu_ids:
-        if max(options.gpu_ids) >= there:
-            raise LaunchError(
-                f"--gpu-ids {_listed(options)}: there {'is' if there == 1 else 'are'} {have} here, numbered from 0"
-            )
-        seen = _seen(there, env)
-        if max(options.gpu_ids) >= len(seen) or not all(seen[i] for i in options.gpu_ids):
-            listed = env.get("CUDA_VISIBLE_DEVICES")
-            raise LaunchError(
-                f"--gpu-ids {_listed(options)}: CUDA_VISIBLE_DEVICES={listed} does not say which GPUs these are"
-            )
-        chosen = [seen[i] for i in options.gpu_ids]
-        if not options.share and (used := [gpu for gpu in chosen if gpu in in_use]):
-            raise LaunchError(f"--gpu-ids {_listed(options)}: {_whose(used, in_use)}; or give --share")
-        return Devices(len(chosen), gpus=True, visible=",".join(chosen))
-    if wanted is not None and wanted > there:
+        chosen = _listed_gpus(options, env, there, in_use)
+    else:
+        chosen = _first_gpus(options, env, there, in_use, wanted)
+    if placement is not None:
+        # Nodes that are processes of this machine; each is told which part of its GPUs it has.
+        names = chosen or _seen(there, env)
+        each = placement.ranks_per_node
+        visible = [",".join(names[first : first + each]) for first in range(0, placement.ranks, each)]
+        return Devices(placement.ranks, gpus=True, placement=replace(placement, visible=tuple(visible)))
+    return Devices(wanted or there, gpus=True, visible=",".join(chosen) if chosen else None)
+
+
+def _without_gpus(options: Options, wanted: int | None, placement: Placement | None) -> Devices:
+    """Return the devices of ranks that are to have GPUs where there is none."""
+    if options.gpu_ids:
+        raise LaunchError(f"--gpu-ids {_listed(options)}: there is no GPU here. --cpus {wanted} runs on the CPU")
+    if wanted is None:
+        raise LaunchError("there is no GPU here, so say how many ranks to run on the CPU, as in %%ddp --cpus 2")
+    ranks = "1 rank" if wanted == 1 else f"{wanted} ranks"
+    note = f"nbddp: there is no GPU here; {ranks} on the CPU, over gloo"
+    return Devices(
+        wanted, gpus=False, note=note, placement=None if placement is None else replace(placement, gpus=False)
+    )
+
+
+def _listed_gpus(options: Options, env: Mapping[str, str], there: int, in_use: Mapping[str, str]) -> list[str]:
+    """Return the GPUs that are listed, as the driver knows them."""
+    if max(options.gpu_ids) >= there:
         raise LaunchError(
-            f"--gpus {wanted}: there {'is' if there == 1 else 'are'} {have} here. "
-            f"Ask for --gpus {there}, or for --cpus {wanted} to run on the CPU"
+            f"--gpu-ids {_listed(options)}: there {'is' if there == 1 else 'are'} {_gpus(there)} here, numbered from 0"
+        )
+    seen = _seen(there, env)
+    if max(options.gpu_ids) >= len(seen) or not all(seen[i] for i in options.gpu_ids):
+        listed = env.get("CUDA_VISIBLE_DEVICES")
+        raise LaunchError(
+            f"--gpu-ids {_listed(options)}: CUDA_VISIBLE_DEVICES={listed} does not say which GPUs these are"
+        )
+    chosen = [seen[i] for i in options.gpu_ids]
+    if not options.share and (used := [gpu for gpu in chosen if gpu in in_use]):
+        raise LaunchError(f"--gpu-ids {_listed(options)}: {_whose(used, in_use)}; or give --share")
+    return chosen
+
+
+def _first_gpus(
+    options: Options, env: Mapping[str, str], there: int, in_use: Mapping[str, str], wanted: int | None
+) -> list[str]:
+    """Return the first GPUs that are free, as the driver knows them; none if they are the first that there are."""
+    nodes = f" on each of --nnodes {options.nnodes} nodes" if options.nnodes > 1 and options.placed else ""
+    asked = f"--gpus {options.gpus}{nodes}" if options.gpus is not None else "all GPUs"
+    if wanted is not None and wanted > there:
+        fits = there // options.nnodes if nodes else there
+        instead = f"Ask for --gpus {fits}, or for" if fits else "Ask for"
+        raise LaunchError(
+            f"{asked}: there {'is' if there == 1 else 'are'} {_gpus(there)} here. "
+            f"{instead} --cpus {options.gpus} to run on the CPU"
         )
     number = wanted or there
     seen = _seen(there, env)
     if options.share or not any(gpu in in_use for gpu in seen[:number]):
-        return Devices(number, gpus=True)
+        return []
     free = [gpu for gpu in seen[:there] if gpu and gpu not in in_use]
     if len(free) < number:
-        asked = f"--gpus {wanted}" if wanted is not None else "all GPUs"
         others = f", and {len(free)} more {'is' if len(free) == 1 else 'are'} free" if free else ""
         used = [gpu for gpu in seen if gpu in in_use]
         raise LaunchError(f"{asked}: {_whose(used, in_use)}{others}; or give --share")
-    return Devices(number, gpus=True, visible=",".join(free[:number]))
+    return free[:number]
+
+
+def _gpus(count: int) -> str:
+    return "1 GPU" if count == 1 else f"{count} GPUs"
 
 
 def _seen(there: int, env: Mapping[str, str]) -> list[str]:
@@ -154,8 +188,11 @@ def threads_per_rank(ranks: int) -> int:
 
 def gpus_of(devices: Devices, env: Mapping[str, str]) -> list[str]:
     """Return for each rank its GPU, as the driver knows it: by number or UUID; an empty list if they have none."""
-    if not devices.gpus or devices.placement is not None:
+    if not devices.gpus:
         return []
+    if devices.placement is not None:
+        # Those of other machines are none of this one's.
+        return [name for part in devices.placement.visible for name in part.split(",")]
     visible = env.get("CUDA_VISIBLE_DEVICES")
     names = [name.strip() for name in visible.split(",")] if visible else [str(i) for i in range(devices.ranks)]
     return names[: devices.ranks]

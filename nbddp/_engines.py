@@ -172,7 +172,13 @@ class Local(Engine):
 
     def links(self, command: Sequence[str]) -> Sequence[Link]:
         """Return one client for each node: its process itself."""
-        return [Link([*command, str(node)], [node]) for node in range(self.placement.nnodes)]
+        return [Link([*command, str(node)], [node], self._env(node)) for node in range(self.placement.nnodes)]
+
+    def _env(self, node: int) -> Mapping[str, str] | None:
+        """Return a node's environment: of the GPUs of the machine it sees its part."""
+        if not self.placement.visible:
+            return None
+        return {**os.environ, "CUDA_VISIBLE_DEVICES": self.placement.visible[node]}
 
     def explain(self, link: Link, status: int | None, words: Sequence[str]) -> str:
         """Return how the process ended."""

@@ -10,10 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
 from typing import Any
 
-from nbddp import _engines, _settings, _wire
+from nbddp import _beginning, _engines, _settings, _wire
 from nbddp._agent import Launch
 from nbddp._errors import LaunchError
 from nbddp._frames import versions
@@ -90,13 +89,30 @@ def request(launch: Launch, run_dir: RunDir, closure: str | None) -> dict[str, A
     return {"files": files, "versions": versions(), "mark": launch.env[_settings.MARK]}
 
 
+def ranks_per_node(options: Options) -> int | None:
+    """Return how many ranks options ask for on each node, or on this machine; None if they do not say.
+
+    Raises:
+        LaunchError: GPUs of this machine cannot be shared out among nodes that are its processes.
+    """
+    listed = len(options.gpu_ids)
+    if listed and options.engine_name == "local":
+        if listed % options.nnodes:
+            raise LaunchError(
+                f"--gpu-ids {','.join(map(str, options.gpu_ids))}: with --engine local these are shared out among "
+                f"--nnodes {options.nnodes} nodes, which takes a multiple of {options.nnodes}"
+            )
+        return listed // options.nnodes
+    return options.cpus or listed or options.gpus
+
+
 def place(options: Options) -> Placement:
     """Return the nodes that options ask for.
 
     Raises:
         LaunchError: It does not say how many ranks a node has; or nothing here reaches any.
     """
-    ranks = options.cpus or len(options.gpu_ids) or options.gpus
+    ranks = ranks_per_node(options)
     if ranks is None:
         raise LaunchError(
             f"say how many ranks each node has, as in --nnodes {options.nnodes} --gpus 4, or --cpus 2: the notebook's "
@@ -130,18 +146,11 @@ def environment(options: Options, placement: Placement) -> dict[str, str]:
 
     The rest is each node's own: a path, a proxy or a cache of this machine need not be right on another.
     """
-    before = _began_with()
-    env = {name: value for name, value in os.environ.items() if before.get(name) != value}
+    env = _beginning.set_since()
     if options.gpu_ids:
         env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, options.gpu_ids))
-    return {**env, **options.env}
-
-
-def _began_with() -> Mapping[str, str]:
-    """Return the environment that this process was started with."""
-    try:
-        with open("/proc/self/environ", "rb") as file:
-            pairs = (entry.partition(b"=") for entry in file.read().split(b"\0") if entry)
-            return {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
-    except OSError:  # no Linux: all that is set goes along
-        return {}
+    env |= options.env
+    if placement.visible:
+        # Each node begins with its own; see `nbddp._engines.Local`.
+        env.pop("CUDA_VISIBLE_DEVICES", None)
+    return env

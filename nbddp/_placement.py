@@ -21,6 +21,7 @@ class Placement:
         slurm: Options for ``srun``.
         python: The interpreter there.
         job: The name of the job.
+        visible: For each node CUDA_VISIBLE_DEVICES, where nodes share a machine's GPUs; else empty.
     """
 
     engine: str
