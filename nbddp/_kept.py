@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from nbddp import _allocation, _limits, _settings
+from nbddp import _allocation, _asked_again, _limits, _settings
 from nbddp._devices import Devices, gpus_of
 from nbddp._errors import LaunchError, RunLostError
 from nbddp._memory import Meter, of_ranks
@@ -39,6 +39,10 @@ _REGROUP_SECONDS = 30.0
 
 # Seconds that idle ranks have for their exit handlers.
 _LEAVE_SECONDS = 5.0
+
+# Seconds that are waited for the word on what has ended ranks between two cells; Slurm's comes later than others'.
+_WHY_SECONDS = 1.0
+_NODES_WHY_SECONDS = 3.0
 
 # Bytes that ranks may print between two cells, for the next to show; of more, the last.
 _PENDING = 1 << 20
@@ -129,26 +133,9 @@ class Kept:
         """
         if self.world is None or self.devices is None:
             return
-        kept = self.devices
-        asked = options.cpus or options.gpus or len(options.gpu_ids) or None
-        wants = f"--gpu-ids {','.join(map(str, options.gpu_ids))}" if options.gpu_ids else f"--gpus {options.gpus}"
-        wants = f"--cpus {options.cpus}" if options.cpus is not None else wants
-        same = asked == kept.ranks and not (options.cpus is not None and kept.gpus)
-        if asked is not None and not (same and options.gpu_ids in ((), self.options.gpu_ids)):
-            have = "1 rank is" if kept.ranks == 1 else f"{kept.ranks} ranks are"
-            raise LaunchError(
-                f"--keep {wants}: {have} kept, {'one a GPU' if kept.gpus else 'on the CPU'}. Without "
-                f"{wants.split()[0]} the cell runs on {'it' if kept.ranks == 1 else 'them'}; %ddp stop ends "
-                f"{'it' if kept.ranks == 1 else 'them'}, with all that {'it holds' if kept.ranks == 1 else 'they hold'}"
-            )
-        for name, value in options.env.items():
-            if self.world.launch.env.get(name) != value:
-                raise LaunchError(
-                    f"--env {name}={value}: kept ranks have the environment that they began with. Set os.environ in a "
-                    "cell of theirs, or begin anew after %ddp stop"
-                )
-        if options.backend not in (None, self.options.backend):
-            raise LaunchError(f"--backend {options.backend}: kept ranks have their process group; %ddp stop ends them")
+        why = _asked_again.refusal(options, self.options, self.devices, self.world.launch.env)
+        if why is not None:
+            raise LaunchError(why)
 
     def open(self, world: World) -> None:
         """Take the processes, which are about to be started."""
@@ -305,6 +292,9 @@ class Kept:
         self._pending = _Pending()
         ranks = self.world.ranks
         ranks.attach(self._pending, quick=False)
+        if self.world.nodes is not None:
+            # The relay of the cell that has ended shows nothing any more.
+            self.world.nodes.note = self._tell
         self._ends_at = time.monotonic() + self.idle
         try:
             if self._watcher is None:
@@ -338,24 +328,39 @@ class Kept:
     def _lose(self) -> None:
         """Take note that the ranks have ended, which nobody has asked for."""
         assert self.world is not None
-        deadline = time.monotonic() + 1.0
-        while not self.world.launcher_ended and time.monotonic() < deadline:
+        deadline = time.monotonic() + (_WHY_SECONDS if self.world.nodes is None else _NODES_WHY_SECONDS)
+        while not self._knows_why() and time.monotonic() < deadline:
             self.world.loop.step(deadline)
         self._show_pending()
-        self.lost = f"{self._what_died()} between two cells"
+        self.lost = self._what_died()
         self._tell(f"nbddp: {self.lost}; the kept ranks are gone, and what they held with them")
         self._close_for_good()
 
-    def _what_died(self) -> str:
-        """Return what has died first: with the launcher goes the agent, and with the agent go the ranks."""
+    def _knows_why(self) -> bool:
+        """Tell whether what has ended the ranks is known, as far as it ever will be."""
         assert self.world is not None
-        status = self.world.agent_status
+        if self.world.nodes is None or self.world.launcher_ended:
+            return self.world.launcher_ended
+        # Who ends nodes ends what runs there by signals; a rank that has left did so by itself.
+        left = any(state.exitcode is not None and state.exitcode >= 0 for state in self.world.ranks.gone)
+        return left or self.world.nodes.lost is not None
+
+    def _what_died(self) -> str:
+        """Return what has died first: with a node or the launcher goes the agent, and with the agent go the ranks."""
+        assert self.world is not None
+        nodes, status = self.world.nodes, self.world.agent_status
+        if nodes is not None and nodes.lost is not None:
+            # Often more than one sentence.
+            return f"{nodes.lost} (between two cells)"
         if self.world.launcher_died:
-            return "nbddp's launcher ended"
-        if status is not None and status < 0:
-            return f"torchrun's agent {how_it_died(status)}"
-        first = min(self.world.ranks.gone, key=lambda state: state.died or 0.0)
-        return f"rank {first.rank} {how_it_died(first.exitcode).removesuffix(' before the end of the cell')}"
+            what = "nbddp's launcher ended" if nodes is None else "nbddp's gateway to the nodes ended"
+        elif status is not None and status < 0:
+            what = f"torchrun's agent {how_it_died(status)}"
+        else:
+            first = min(self.world.ranks.gone, key=lambda state: state.died or 0.0)
+            on = f" on {nodes.called(first.node)}" if nodes is not None and first.node is not None else ""
+            what = f"rank {first.rank}{on} {how_it_died(first.exitcode).removesuffix(' before the end of the cell')}"
+        return f"{what} between two cells"
 
     def _close_for_good(self) -> None:
         """End what is left of the ranks, and of their files; nobody else is there to do it."""

@@ -42,8 +42,8 @@ from nbddp._background import BackgroundRun, BackgroundScreen
 from nbddp._errors import LaunchError, NbddpError, RankError, ResultError
 from nbddp._function import client
 from nbddp._kept_commands import KeptCommands
-from nbddp._option_line import HelpAsked, help_text, parse
-from nbddp._options import DEVICES, OptionError, Options
+from nbddp._option_line import HelpAsked, help_text, parse, parse_for_kept
+from nbddp._options import OptionError, Options
 from nbddp._prepared import Finished
 from nbddp._relay import DISPLAY_LIMIT, TEXT_LIMIT, View
 from nbddp._results import Wanted
@@ -149,8 +149,7 @@ class DDPMagics(Magics):
     def _cell(self, line: str, cell: str) -> CellValue | BackgroundRun | None:
         options = parse(line, self.defaults)
         if options.keep and _kept.current() is not None:
-            # They are what they are.
-            options = parse(line, self.defaults, without=(*DEVICES, "backend", "env"))
+            options = parse_for_kept(line, self.defaults)
         job = self._job_of_cell(line, cell, options)
         self._last_cell = line, cell
         self._expanded[_cell_number(self.shell)] = line

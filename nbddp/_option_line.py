@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from nbddp._options import DEVICES, OptionError, RunOptions, listed_names
+from nbddp._options import DEVICES, PLACES, OptionError, RunOptions, listed_names
 
 
 class HelpAsked(Exception):  # noqa: N818  # not an error
@@ -201,6 +201,19 @@ def parse(line: str, defaults: str = "", without: Collection[str] = ()) -> RunOp
     if options.out_device is not None and not (options.out or options.gather) and "out_device" in given:
         raise OptionError("--out-device says where results are put; --out or --gather say which")
     return options
+
+
+def parse_for_kept(line: str, defaults: str) -> RunOptions:
+    """Read the options of a cell for which ranks are kept: these are what they are, whatever defaults say.
+
+    But a line that asks for ranks asks for what it would get if there were none.
+
+    Raises:
+        OptionError: The line has a fault; the message names it.
+        HelpAsked: The line asks for help.
+    """
+    places = () if (DEVICES | PLACES) & _given(line).keys() else PLACES
+    return parse(line, defaults, without=(*DEVICES, *places, "backend", "env"))
 
 
 @functools.lru_cache(maxsize=32)

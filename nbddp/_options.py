@@ -28,7 +28,8 @@ class RunOptions:
     Attributes:
         gpus: Number of ranks, one per GPU; where there is no GPU at all, ranks on the CPU. None: all GPUs.
         cpus: Number of ranks on the CPU.
-        gpu_ids: GPUs to use, as ``torch.device("cuda:K")`` numbers them in the notebook.
+        gpu_ids: GPUs to use, as ``torch.device("cuda:K")`` numbers them in the notebook. On nodes, those of each; with
+            engine "local" they are shared out among the nodes.
         backend: Backend of the process group; None for nccl on GPUs and gloo without.
         out: Names to bring back from rank 0; on several machines, from each machine's first rank. For cells only.
         gather: Names to bring back from every rank, as lists. For cells only.
@@ -274,6 +275,9 @@ Options = RunOptions
 
 # The fields of which one that is given takes the place of all that are in defaults.
 DEVICES = frozenset({"gpus", "cpus", "gpu_ids"})
+
+# The fields that say where an engine places ranks.
+PLACES = frozenset({"nnodes", "hosts", "slurm", "engine", "python"})
 
 
 # A name that ssh could take for an option, or hand to a shell with a ProxyCommand of the user's, is none of a machine.
