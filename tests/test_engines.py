@@ -278,6 +278,19 @@ def test_ranks_stay(cluster: Cluster) -> None:
         kernel.ok("%ddp stop")
 
 
+def test_the_same_kept_line_again(cluster: Cluster) -> None:
+    kernel = cluster.kernel
+    try:
+        cluster.ok("held = rank", "--cpus 1 --keep")
+        assert cluster.ok("print(held)", "--cpus 1 --keep").lines == ["[node0 rank 0] 0", "[node1 rank 1] 1"]
+        for line in ("--cpus 2 --keep", "--cpus 1 --keep --python /usr/bin/other", "--gpus 1 --keep"):
+            reply = cluster.run("print(held)", line)
+            assert reply.error == "LaunchError"
+            assert "2 ranks are kept, on the CPU, 1 on each of 2 nodes (" in reply.message
+    finally:
+        kernel.ok("%ddp stop")
+
+
 def test_a_run_in_the_background(cluster: Cluster) -> None:
     kernel = cluster.kernel
     cluster.ok("import time\ntime.sleep(1)\nmade = rank + 5\nprint('done')", "--cpus 1 --bg far --out made")
@@ -355,10 +368,52 @@ def test_the_panel_groups_ranks_by_node(cluster: Cluster) -> None:
     rows = next(text for text in shown if text.count("running") == 4).splitlines()
     assert rows[0].startswith("nbddp: 4 ranks on 2 nodes")
     assert [row.split()[0] for row in rows[1:]] == ["node0", "rank", "node1", "rank"]
-    assert any("of local load torch" in text or "2 nodes" in text for text in shown)
+    # Before there is any rank it says what the nodes are at; the longest of it is that torch is loaded.
+    assert any(text.splitlines()[0].endswith("; ranks start") for text in shown), shown
 
 
-def test_options_as_json_hold_no_secret_of_the_environment(cluster: Cluster) -> None:
-    cluster.kernel.ok("import os\nos.environ['SET_IN_NOTEBOOK'] = 'yes'")
-    reply = cluster.ok("import os, json\nprint(json.dumps([os.environ.get('SET_IN_NOTEBOOK'), os.environ.get('X')]))")
-    assert json.loads(reply.lines[0].partition("] ")[2]) == ["yes", None]
+# What a library does that gives a process a title: it lies where the environment lay from which it was started.
+OVERWRITE = """
+import ctypes, os
+with open("/proc/self/stat") as file:
+    fields = file.read().rpartition(")")[2].split()
+start, end = int(fields[47]), int(fields[48])
+ctypes.memset(start, 0, end - start)
+with open("/proc/self/environ", "rb") as file:
+    assert not file.read().strip(bytes(1))
+"""
+
+
+@pytest.mark.parametrize("overwritten", [False, True])
+def test_only_what_the_notebook_has_set_goes_along(
+    engine: Engine, new_kernel: Callable[..., Kernel], *, overwritten: bool
+) -> None:
+    kernel = new_kernel(load=False, env={**engine.env, "THE_SECRET": "hunter2", "CHANGED": "before"})
+    kernel.ok("import os\nos.environ |= {'SET_EARLY': 'early', 'CHANGED': 'after'}")
+    if overwritten:
+        kernel.ok(OVERWRITE)
+    kernel.ok("%load_ext nbddp\nos.environ['SET_LATE'] = 'late'")
+    names = "['SET_EARLY', 'CHANGED', 'SET_LATE', 'THE_SECRET']"
+    cell = f"import json, os\nprint(json.dumps([os.environ.get(name) for name in {names}]))"
+    found = json.loads(Cluster(kernel, engine.line).ok(cell, "--cpus 1").lines[0].partition("] ")[2])
+    # What was set before nbddp was there cannot be told then from what the notebook began with.
+    set_before = ["early", "after"] if not overwritten else [None, None]
+    if engine.name == "ssh":
+        assert found == [*set_before, "late", None]
+    else:
+        # The machine's own processes, and srun's tasks, have the notebook's environment without nbddp.
+        assert found == ["early", "after", "late", "hunter2"]
+
+
+def test_where_cuda_does_not_work_after_a_fork_is_kept_apart(engine: Engine, start: Callable[[], Cluster]) -> None:
+    cluster = start()
+    forked = "'nbddp._launcher' in open('/proc/self/cmdline').read()"
+    code = f"from nbddp._group import CannotForkError\nif {forked}: raise CannotForkError('told so')\nprint({forked})"
+    there = "here" if engine.name == "local" else "there"
+    reply = cluster.ok(code, "--cpus 1")
+    assert f"nbddp: CUDA does not work in a forked process {there}; starting new ones (told so)" in reply.text
+    assert "[node1 rank 1] False" in reply.text
+    # It is not tried there again; and nothing is said by that of the notebook's own machine.
+    assert "--start-method fork" not in cluster.ok(code, "--cpus 1 --dry-run").text
+    here = cluster.kernel.ok("%%ddp --cpus 1 --dry-run\npass").text
+    assert ("--start-method fork" in here) == (engine.name != "local")
