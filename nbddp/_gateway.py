@@ -108,9 +108,9 @@ class Gateway:
                     self._kill()
                 case "stack":
                     self._ranks.ask_for_stack(message["rank"])
-                case "signal" if self._shipping.drop(message["rank"]):
-                    # It does not have its cell yet, and would be ended for another's sake.
-                    self._ranks.break_off(message["rank"], INTERRUPTED)
+                case "unsend":
+                    if self._shipping.drop(message["rank"]):
+                        self._ranks.answer_for(message["rank"], INTERRUPTED)
                 case "signal":
                     self._ranks.signal(message)
         if self._inbox.closed:

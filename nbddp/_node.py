@@ -338,6 +338,10 @@ class Node:
                 self._begin_file(message["name"], message["size"])
             case "piece":
                 self._write_file(message["name"], raw)
+            case "drop":
+                if (entry := self._files.pop(message["name"], None)) is not None:
+                    entry[0].close()
+                    os.unlink(self._paths.pop(message["name"]))
             case "count":
                 self._ask("count gpus", self._counted, env=self._env)
             case "meet":

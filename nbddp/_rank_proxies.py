@@ -227,7 +227,7 @@ class RankProxies:
         """Write the next bytes of such a file."""
         self._files.piece((node.number, number), data)
 
-    def break_off(self, number: int, outcome: Message) -> None:
+    def answer_for(self, number: int, outcome: Message) -> None:
         """Answer in the place of a rank whose cell has not been sent to it after all."""
         if (proxy := self._proxies.get(number)) is not None:
             proxy.say("report", time=time.monotonic(), times={}, **outcome)
