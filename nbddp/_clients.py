@@ -60,6 +60,7 @@ class NodeState:
         told: Whether it has said that it ends.
         done: Whether it may end, since its agent has ended well.
         ended: Whether it has said its last word.
+        silent: Whether it is given up, after a lease without a word: then it ends by its own.
         offset: What is to be added to its clock.
     """
 
@@ -68,10 +69,15 @@ class NodeState:
         self.hello: Message = {}
         self.heard = time.monotonic()
         self.gpus: int | None = None
-        self.reaches = self.told = self.done = self.ended = False
+        self.reaches = self.told = self.done = self.ended = self.silent = False
         self.offset = 0.0
         # How sure that is: half of a round trip.
         self._trip = float("inf")
+
+    @property
+    def may_speak(self) -> bool:
+        """Whether it may yet say that it has ended."""
+        return not (self.ended or self.silent)
 
     def set_clock(self, sent: float, its: float) -> None:
         """Compare clocks: of all round trips, the shortest tells most."""
@@ -190,6 +196,7 @@ class Clients:
             self._look_for_answers(now)
             for node in self._nodes.values():
                 if node.hello and not node.ended and now > node.heard + LEASE_SECONDS:
+                    node.silent = True
                     self._lose(f"{self.called(node)} has not been heard of for {LEASE_SECONDS:g} s")
 
     # From the nodes.
@@ -334,7 +341,7 @@ class Clients:
             if not await _run_to_the_end(argv):
                 note(f"{self._engine.title} does not answer, and may go on holding the nodes: {shlex.join(argv)}")
         # Nodes that are told to end, or see the end of their stdin, clear up; those whose client is killed may not.
-        clearing = any(node.hello and not node.ended for node in self._nodes.values())
+        clearing = any(node.hello and node.may_speak for node in self._nodes.values())
         if await self._wait(_CLEAR_SECONDS if clearing else 0.0):
             return
         # A client may have a process that sees to its end, and goes on for ever where it cannot.

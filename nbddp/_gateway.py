@@ -172,7 +172,7 @@ class Gateway:
             self._clients.send(-1, "finish", seconds=_FINISH_SECONDS)
 
     def _kill(self) -> None:
-        """End the nodes now."""
+        """End the nodes now; which are not waited for that were given up."""
         if not self._killing:
             self._killing = True
             self._clients.send(-1, "kill")
@@ -244,7 +244,7 @@ class Gateway:
                 self._explain_soon(node, message["by"])
             case "ended":
                 node.ended = node.told = True
-                if all(other.ended for other in self._nodes.values()):
+                if not any(other.may_speak for other in self._nodes.values()):
                     self._clients.over.set()
                 elif not (self._ending or self._told_lost or node.done):
                     self._explain_soon(node, "")
