@@ -71,6 +71,11 @@ _PROGRESS_SECONDS = 0.5
 _EXPLAIN_LOOKS = 30
 _EXPLAIN_LOOK_SECONDS = 0.05
 
+# What is held back for as many of these looks if the engine may be behind it; and what comes after that.
+_HELD_LOOKS = 8
+_SIGNALLED = (-signal.SIGTERM, -signal.SIGKILL)
+_HELD = ("died", "agent end", "agent gone", "refused", "ended", "from")
+
 # Seconds that ranks' stacks are waited for before the ranks are interrupted, and between two looks.
 _STACK_SECONDS = 0.25
 _STACK_LOOK_SECONDS = 0.02
@@ -174,6 +179,9 @@ class _Node:
         self.ended = False
         # Whether it has said that it ends; and whether it may, since its agent has ended well.
         self.told = False
+        # What has told it to, if it was not the notebook; and what it has said that may only follow from that.
+        self.by = ""
+        self.held: list[Message] = []
         self.done = False
         # What is to be added to its clock, and how sure that is: half of a round trip.
         self.offset = 0.0
@@ -192,9 +200,17 @@ class _Node:
 class _Client:
     """A client of the engine's, and the nodes behind it."""
 
-    def __init__(self, link: _engines.Link, process: asyncio.subprocess.Process) -> None:
+    def __init__(
+        self,
+        link: _engines.Link,
+        process: asyncio.subprocess.Process,
+        stdout: asyncio.StreamReader,
+        stderr: asyncio.StreamReader,
+    ) -> None:
         self.link = link
         self.process = process
+        self.stdout = stdout
+        self.stderr = stderr
         self.words: deque[str] = deque(maxlen=_WORDS)
         self.done = False
 
@@ -235,6 +251,8 @@ class Gateway:
         # Until when the stacks of ranks are waited for that were asked for theirs; and the signals that wait for them.
         self._stacks_asked: dict[int, float] = {}
         self._signals: deque[Message] = deque()
+        # The ranks that have got one.
+        self._signalled: set[int] = set()
 
     # The kernel.
 
@@ -297,6 +315,7 @@ class Gateway:
         while self._signals:
             one = self._signals.popleft()
             number = one["rank"]
+            self._signalled.add(number)
             node = self.placement.node_of(number)
             self._send(node, "signal", rank=number, signum=one["signum"], main=one["main"])
 
@@ -371,16 +390,24 @@ class Gateway:
 
     async def _connect(self) -> None:
         for link in self._engine.links(_engines.node_command(self.placement)):
-            process = await asyncio.create_subprocess_exec(
-                *link.argv,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                env=None if link.env is None else dict(link.env),
-                preexec_fn=_process.told_of_parents_death(os.getpid(), link.orphaned),
-                limit=_READ,
-            )
-            client = _Client(link, process)
+            pumps = [await _pump(), await _pump()] if link.pumped else []
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *link.argv,
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=pumps[0][0] if pumps else asyncio.subprocess.PIPE,
+                    stderr=pumps[1][0] if pumps else asyncio.subprocess.PIPE,
+                    env=None if link.env is None else dict(link.env),
+                    preexec_fn=_process.told_of_parents_death(os.getpid(), link.orphaned),
+                    limit=_READ,
+                )
+            finally:
+                for fd, _ in pumps:
+                    os.close(fd)
+            stdout, stderr = (pumps[0][1], pumps[1][1]) if pumps else (process.stdout, process.stderr)
+            assert stdout is not None
+            assert stderr is not None
+            client = _Client(link, process, stdout, stderr)
             self._clients.append(client)
             self._spawn(self._read_lines(client))
             self._spawn(self._read_words(client))
@@ -404,10 +431,9 @@ class Gateway:
                 self._state(state)
 
     async def _read_lines(self, client: _Client) -> None:
-        assert client.process.stdout is not None
         reader = LineReader()
         try:
-            while data := await client.process.stdout.read(_READ):
+            while data := await client.stdout.read(_READ):
                 for number, frame in reader.feed(data):
                     if number not in client.link.nodes:
                         raise FrameError(f"a line says that it is of node {number}")
@@ -421,7 +447,7 @@ class Gateway:
         except FrameError as error:
             self._spawn(self._give_up_torn(client, error))
             # A client that is not read does not end.
-            while await client.process.stdout.read(_READ):
+            while await client.stdout.read(_READ):
                 pass
         status = await client.process.wait()
         await asyncio.sleep(0.05)  # for the last words
@@ -443,10 +469,9 @@ class Gateway:
             )
 
     async def _read_words(self, client: _Client) -> None:
-        assert client.process.stderr is not None
         while True:
             try:
-                line = await client.process.stderr.readline()
+                line = await client.stderr.readline()
             except ValueError:  # longer than anybody would read; it is dropped
                 continue
             if not line:
@@ -526,6 +551,40 @@ class Gateway:
         return self._ranks.get(number)
 
     def _take_message(self, node: _Node, message: Message) -> None:
+        if (node.held and message["kind"] in _HELD) or self._may_be_the_engines_doing(message):
+            node.held.append(message)
+            if len(node.held) == 1:
+                self._spawn(self._take_held(node))
+        else:
+            self._take_now(node, message)
+
+    def _may_be_the_engines_doing(self, message: Message) -> bool:
+        """Tell whether something has ended in a way in which an engine ends all that is on a node, one by one."""
+        if self._ending is not None or self._told_lost:
+            return False
+        match message["kind"]:
+            case "died":
+                return message["rank"] not in self._signalled and message["exitcode"] in _SIGNALLED
+            case "agent end":
+                return any(rank not in self._signalled and code in _SIGNALLED for rank, code in message["failures"])
+            case "agent gone":
+                return message["status"] in _SIGNALLED
+            case "refused":
+                return self._started
+        return False
+
+    async def _take_held(self, node: _Node) -> None:
+        """Take what a node has said a moment ago, unless it was the engine; then that is what has to be told."""
+        for looks in range(_EXPLAIN_LOOKS + _HELD_LOOKS):
+            await asyncio.sleep(_EXPLAIN_LOOK_SECONDS)
+            told = any(other.by for other in self._nodes.values())
+            if self._ending is not None or self._told_lost or (looks >= _HELD_LOOKS and not told):
+                break
+        held, node.held = node.held, []
+        for message in held:
+            self._take_now(node, message)
+
+    def _take_now(self, node: _Node, message: Message) -> None:
         match message.pop("kind"):
             case "hello":
                 self._greet(node, message)
@@ -549,7 +608,7 @@ class Gateway:
                 node.reaches = True
                 self._start_if_ready()
             case "told to end":
-                node.told = True
+                node.told, node.by = True, message["by"]
                 # Who it was is known in a moment, from the client's words.
                 self._spawn(self._explain_soon(node, message["by"]))
             case "ended":
@@ -843,6 +902,22 @@ class Gateway:
         for wait in pending:
             wait.cancel()
         return not pending
+
+
+async def _pump() -> tuple[int, asyncio.StreamReader]:
+    """Return a pipe to write to, and what reads it: by way of a process that goes on reading if this one is killed."""
+    end, fd = os.pipe()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *("sh", "-c", "cat; exec cat > /dev/null"), stdin=end, stdout=asyncio.subprocess.PIPE, limit=_READ
+        )
+    except BaseException:
+        os.close(fd)
+        raise
+    finally:
+        os.close(end)
+    assert process.stdout is not None
+    return fd, process.stdout
 
 
 def _different(hello: Message, ours: Mapping[str, str]) -> str | None:

@@ -241,7 +241,11 @@ class Node:
                 self._look_at_the_clock()
         except (NbddpError, OSError, FrameError) as error:
             # Of this node alone; the notebook ends the others.
-            self._why = str(error)
+            self._why = self._told or str(error)
+            if self._told:
+                # An engine ends what it ends one by one.
+                self._send("told to end", by=self._told)
+                return self._why
             # What is said of a notebook's own machine; here, it is told with the run.
             self._send("refused", reason=self._why.replace(" and restart the kernel", ": --env TMPDIR=..."))
         return self._why

@@ -256,16 +256,18 @@ def test_what_the_user_asks_for_wins(kernel: Kernel) -> None:
 
 
 @pytest.fixture
-def in_a_job(slurm: Slurm, new_kernel: Callable[..., Kernel]) -> Kernel:
+def in_a_job(slurm: Slurm, new_kernel: Callable[..., Kernel]) -> Iterator[Kernel]:
     """A kernel in a step of a job of two nodes, as JupyterHub starts it; the step has all CPUs of its node."""
     asked = ["-N2", "-n2", "-c2", "--mem=500", "--gres=gpu:2"]
     kernel = new_kernel(
         load=False, env=slurm.env, command=["salloc", "--quiet", *asked, "srun", "-N1", "-n1", "--mem=500", "--quiet"]
     )
-    kernel.ends_politely = True  # or the job would stay
     kernel.pid = kernel.get("__import__('os').getpid()")
     kernel.ok("%load_ext nbddp\n%config DDPMagics.grace = 2")
-    return kernel
+    yield kernel
+    # A server would interrupt it first, and salloc with it.
+    kernel.client.shutdown()
+    until(lambda: not kernel.alive())
 
 
 def test_a_notebook_in_a_job_uses_that_and_ends_no_more_than_its_steps(in_a_job: Kernel, slurm: Slurm) -> None:
@@ -352,6 +354,9 @@ def test_a_run_outlives_slurms_controller(kernel: Kernel, slurm: Slurm) -> None:
     assert kernel.get("made") == [1, 2]
     (job,) = own_jobs_after(slurm)
     assert f"scancel --name={job['name']}" in reply.text
+    # The steps' daemons would try for a minute to tell the controller of their end.
+    slurm.kill_node("a0")
+    slurm.kill_node("a1")
 
 
 def own_jobs_after(slurm: Slurm) -> list[dict[str, str]]:
@@ -409,13 +414,15 @@ def test_an_interpreter_with_other_versions(kernel: Kernel, tmp_path: Path, chan
 def test_a_full_disk_on_one_node(kernel: Kernel, tmp_path: Path, small_disk: Path) -> None:
     full = f'[ "$SLURMD_NODENAME" = a1 ] && export TMPDIR={small_disk}; exec {sys.executable} "$@"'
     python = script(tmp_path / "python", full)
-    kernel.ok("import numpy\nbig = numpy.random.default_rng(0).bytes(1 << 20)")
-    reply = kernel.run(f"%%ddp --nnodes 2 --cpus 1 --python {python}\nlen(big)", timeout=SECONDS)
+    with contextlib.suppress(OSError), (small_disk / "full").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    reply = kernel.run(f"%%ddp --nnodes 2 --cpus 1 --python {python}\n1", timeout=SECONDS)
     assert reply.error in ("LaunchError", "RunLostError")
     assert "node1 (a1)" in reply.message
     assert "no space left" in reply.message.lower()
     assert str(small_disk) in reply.message
-    assert not list(small_disk.iterdir())
+    assert [path.name for path in small_disk.iterdir()] == ["full"]
 
 
 def test_a_folder_that_is_not_there(slurm: Slurm, new_kernel: Callable[..., Kernel], tmp_path: Path) -> None:
