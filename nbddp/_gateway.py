@@ -614,7 +614,9 @@ class Gateway:
             case "ended":
                 node.ended = node.told = True
                 if all(other.ended for other in self._nodes.values()):
-                    self._over.set()
+                    # Why is still to be told, where it was not their own end.
+                    if self._ending is not None or not any(other.by for other in self._nodes.values()):
+                        self._over.set()
                 elif self._ending is None and not self._told_lost and not node.done:
                     self._spawn(self._explain_soon(node, ""))
             case kind:
@@ -828,7 +830,7 @@ class Gateway:
         """End the nodes now."""
         self._send(-1, "kill")
         _engines.ask_no_more()
-        if any(node.hello for node in self._nodes.values()):
+        if any(node.hello and not node.ended for node in self._nodes.values()):
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._over.wait(), _KILL_SECONDS)
         self._over.set()

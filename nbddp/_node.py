@@ -272,7 +272,8 @@ class Node:
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()
-        if self._told and not self._over:
+        if self._told and self._why != self._told:
+            # Also if its agent, which has been told as well, was faster.
             self._send("told to end", by=self._told)
             self._end(self._told)
         elif self._writer.broken:
