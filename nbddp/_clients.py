@@ -38,8 +38,8 @@ _WORDS_SECONDS = 0.05
 _LOOK_SECONDS = (0.5, 15.0)
 
 # How often, and how long, is waited for the engine's word on why a node has ended, in seconds.
-_EXPLAIN_LOOKS = 30
-_EXPLAIN_LOOK_SECONDS = 0.05
+EXPLAIN_LOOKS = 30
+EXPLAIN_LOOK_SECONDS = 0.05
 
 # Seconds after which the state says for whose first word one waits.
 _TELL_SECONDS = 4.0
@@ -58,6 +58,8 @@ class NodeState:
         gpus: How many GPUs it has, if it was asked.
         reaches: Whether it can connect to the first node.
         told: Whether it has said that it ends.
+        by: What has told it to, if it was not the notebook.
+        held: What it has said that may only follow from that.
         done: Whether it may end, since its agent has ended well.
         ended: Whether it has said its last word.
         silent: Whether it is given up, after a lease without a word: then it ends by its own.
@@ -70,6 +72,8 @@ class NodeState:
         self.heard = time.monotonic()
         self.gpus: int | None = None
         self.reaches = self.told = self.done = self.ended = self.silent = False
+        self.by = ""
+        self.held: list[Message] = []
         self.offset = 0.0
         # How sure that is: half of a round trip.
         self._trip = float("inf")
@@ -90,13 +94,19 @@ class NodeState:
 class _Client:
     """A client of the engine's, and the nodes behind it."""
 
-    def __init__(self, link: _engines.Link, process: asyncio.subprocess.Process) -> None:
+    def __init__(
+        self,
+        link: _engines.Link,
+        process: asyncio.subprocess.Process,
+        stdout: asyncio.StreamReader | None,
+        stderr: asyncio.StreamReader | None,
+    ) -> None:
         assert process.stdin is not None
-        assert process.stdout is not None
-        assert process.stderr is not None
+        assert stdout is not None
+        assert stderr is not None
         self.link = link
         self.process = process
-        self.stdin, self.stdout, self.stderr = process.stdin, process.stdout, process.stderr
+        self.stdin, self.stdout, self.stderr = process.stdin, stdout, stderr
         self.words: deque[str] = deque(maxlen=_WORDS)
         self.done = False
 
@@ -143,16 +153,22 @@ class Clients:
             OSError: One cannot be started.
         """
         for link in self._engine.links(_engines.node_command(self._engine.placement)):
-            process = await asyncio.create_subprocess_exec(
-                *link.argv,
-                stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-                env=None if link.env is None else dict(link.env),
-                preexec_fn=_process.told_of_parents_death(os.getpid(), link.orphaned),
-                limit=_READ,
-            )
-            client = _Client(link, process)
+            pumps = [await _pump(), await _pump()] if link.pumped else []
+            try:
+                process = await asyncio.create_subprocess_exec(
+                    *link.argv,
+                    stdin=asyncio.subprocess.PIPE,
+                    stdout=pumps[0][0] if pumps else asyncio.subprocess.PIPE,
+                    stderr=pumps[1][0] if pumps else asyncio.subprocess.PIPE,
+                    env=None if link.env is None else dict(link.env),
+                    preexec_fn=_process.told_of_parents_death(os.getpid(), link.orphaned),
+                    limit=_READ,
+                )
+            finally:
+                for fd, _ in pumps:
+                    os.close(fd)
+            streams = (pumps[0][1], pumps[1][1]) if pumps else (process.stdout, process.stderr)
+            client = _Client(link, process, *streams)
             self._clients.append(client)
             self._tasks.spawn(self._read_lines(client))
             self._tasks.spawn(self._read_words(client))
@@ -300,8 +316,8 @@ class Clients:
         """
         client = next(client for client in self._clients if node.number in client.link.nodes)
         # The engine may say why, on every node but one with some delay; and who has not even been told says nothing.
-        for _ in range(_EXPLAIN_LOOKS):
-            await asyncio.sleep(_EXPLAIN_LOOK_SECONDS)
+        for _ in range(EXPLAIN_LOOKS):
+            await asyncio.sleep(EXPLAIN_LOOK_SECONDS)
             others = [self._nodes[number] for number in client.link.nodes if not self._nodes[number].told]
             reason = self._engine.reason(list(client.words))
             if client.done or needless() or reason is not None:
@@ -367,6 +383,22 @@ class Clients:
         for wait in pending:
             wait.cancel()
         return not pending
+
+
+async def _pump() -> tuple[int, asyncio.StreamReader]:
+    """Return a pipe to write to, and what reads it: by way of a process that goes on reading if this one is killed."""
+    end, fd = os.pipe()
+    try:
+        process = await asyncio.create_subprocess_exec(
+            *("sh", "-c", "cat; exec cat > /dev/null"), stdin=end, stdout=asyncio.subprocess.PIPE, limit=_READ
+        )
+    except BaseException:
+        os.close(fd)
+        raise
+    finally:
+        os.close(end)
+    assert process.stdout is not None
+    return fd, process.stdout
 
 
 async def _run_to_the_end(argv: Sequence[str]) -> bool:

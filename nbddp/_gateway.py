@@ -25,7 +25,7 @@ from typing import Any
 
 from nbddp import _engines, _process, _wire
 from nbddp._assembly import Assembly
-from nbddp._clients import Clients, NodeState
+from nbddp._clients import EXPLAIN_LOOK_SECONDS, EXPLAIN_LOOKS, Clients, NodeState
 from nbddp._errors import NbddpError
 from nbddp._frames import Frame, FrameError, Message
 from nbddp._outcome import INTERRUPTED
@@ -40,6 +40,11 @@ _KILL_SECONDS = 2.5
 
 # Seconds that nodes have to end by themselves, once all ranks have reported. Longest is NCCL's clean-up.
 _FINISH_SECONDS = 10.0
+
+# For how many looks something is held back, since the engine may be behind it; and what comes after that, too.
+_HELD_LOOKS = 8
+_SIGNALLED = (-signal.SIGTERM, -signal.SIGKILL)
+_HELD = ("died", "agent end", "agent gone", "refused", "ended", "from")
 
 
 class Gateway:
@@ -180,7 +185,7 @@ class Gateway:
 
     async def _give_up_nodes(self) -> None:
         _engines.ask_no_more()
-        if any(node.hello for node in self._nodes.values()):
+        if any(node.hello and not node.ended for node in self._nodes.values()):
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._clients.over.wait(), _KILL_SECONDS)
         self._clients.over.set()
@@ -219,6 +224,41 @@ class Gateway:
             self._lose(f"cannot take what comes from {self._clients.called(node)}: {error}")
 
     def _take_message(self, node: NodeState, message: Message) -> None:
+        if (node.held and message["kind"] in _HELD) or self._may_be_the_engines_doing(message):
+            node.held.append(message)
+            if len(node.held) == 1:
+                self._tasks.spawn(self._take_held(node))
+        else:
+            self._take_now(node, message)
+
+    def _may_be_the_engines_doing(self, message: Message) -> bool:
+        """Tell whether something has ended in a way in which an engine ends all that is on a node, one by one."""
+        if self._ending or self._told_lost:
+            return False
+        match message["kind"]:
+            case "died":
+                return message["rank"] not in self._ranks.signalled and message["exitcode"] in _SIGNALLED
+            case "agent end":
+                failures = message["failures"]
+                return any(rank not in self._ranks.signalled and code in _SIGNALLED for rank, code in failures)
+            case "agent gone":
+                return message["status"] in _SIGNALLED
+            case "refused":
+                return self._assembly.started
+        return False
+
+    async def _take_held(self, node: NodeState) -> None:
+        """Take what a node has said a moment ago, unless it was the engine; then that is what has to be told."""
+        for looks in range(EXPLAIN_LOOKS + _HELD_LOOKS):
+            await asyncio.sleep(EXPLAIN_LOOK_SECONDS)
+            told = any(other.by for other in self._nodes.values())
+            if self._ending or self._told_lost or (looks >= _HELD_LOOKS and not told):
+                break
+        held, node.held = node.held, []
+        for message in held:
+            self._take_now(node, message)
+
+    def _take_now(self, node: NodeState, message: Message) -> None:
         called = self._clients.called(node)
         match message.pop("kind"):
             case "hello":
@@ -239,13 +279,15 @@ class Gateway:
                 node.reaches = True
                 self._assembly.start_if_ready()
             case "told to end":
-                node.told = True
+                node.told, node.by = True, message["by"]
                 # Who it was is known in a moment, from the client's words.
                 self._explain_soon(node, message["by"])
             case "ended":
                 node.ended = node.told = True
                 if not any(other.may_speak for other in self._nodes.values()):
-                    self._clients.over.set()
+                    # Why is still to be told, where it was not their own end.
+                    if self._ending or not any(other.by for other in self._nodes.values()):
+                        self._clients.over.set()
                 elif not (self._ending or self._told_lost or node.done):
                     self._explain_soon(node, "")
             case kind:

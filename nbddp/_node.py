@@ -241,7 +241,11 @@ class Node:
                 self._look_at_the_clock()
         except (NbddpError, OSError, FrameError) as error:
             # Of this node alone; the notebook ends the others.
-            self._why = str(error)
+            self._why = self._told or str(error)
+            if self._told:
+                # An engine ends what it ends one by one.
+                self._send("told to end", by=self._told)
+                return self._why
             # What is said of a notebook's own machine; here, it is told with the run.
             self._send("refused", reason=self._why.replace(" and restart the kernel", ": --env TMPDIR=..."))
         return self._why
@@ -268,7 +272,8 @@ class Node:
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()
-        if self._told and not self._over:
+        if self._told and self._why != self._told:
+            # Also if its agent, which has been told as well, was faster.
             self._send("told to end", by=self._told)
             self._end(self._told)
         elif self._writer.broken:

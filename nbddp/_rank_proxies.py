@@ -121,6 +121,9 @@ class RankProxies:
         placement: The nodes.
         send: Sends a message to a node; see `nbddp._clients.Clients.send`.
         heard: Called with what the kernel says to a rank, by its number.
+
+    Attributes:
+        signalled: The ranks that have got a signal of the kernel's.
     """
 
     def __init__(
@@ -144,6 +147,7 @@ class RankProxies:
         # Until when the stacks of ranks are waited for that were asked for theirs; and the signals that wait for them.
         self._stacks_asked: dict[int, float] = {}
         self._signals: deque[Message] = deque()
+        self.signalled: set[int] = set()
 
     @property
     def crowded(self) -> bool:
@@ -262,5 +266,6 @@ class RankProxies:
         while self._signals:
             one = self._signals.popleft()
             number = one["rank"]
+            self.signalled.add(number)
             node = self._placement.node_of(number)
             self._send(node, "signal", rank=number, signum=one["signum"], main=one["main"])
