@@ -362,3 +362,5 @@ def test_options_as_json_hold_no_secret_of_the_environment(cluster: Cluster) -> 
     cluster.kernel.ok("import os\nos.environ['SET_IN_NOTEBOOK'] = 'yes'")
     reply = cluster.ok("import os, json\nprint(json.dumps([os.environ.get('SET_IN_NOTEBOOK'), os.environ.get('X')]))")
     assert json.loads(reply.lines[0].partition("] ")[2]) == ["yes", None]
+
+
