@@ -225,8 +225,8 @@ class Node:
 
     def _launch(self, setup: Message) -> None:
         run_dir = self._agent.prepare(setup)
-        files = SentFiles(run_dir)
         first = self._here.number * int(setup["ranks"])
+        files = SentFiles(run_dir, range(first, first + int(setup["ranks"])))
         ranks = Ranks(run_dir, setup, first, self._loop, self._timers, self._out, files, self._agent.greet)
         self._launched = _Run(files, ranks)
 

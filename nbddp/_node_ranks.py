@@ -47,6 +47,8 @@ class _Rank:
         self.pidfd = inbox.fds.pop(0) if inbox.fds else None
         os.set_blocking(self.output, False)
         self.dead = False
+        # The file of the cell that it was told to run, and may still use.
+        self.closure: str | None = None
         self.stacks_sent = 0
         self.stack_asked = False
 
@@ -134,6 +136,7 @@ class Ranks:
     def _add(self, rank: _Rank, messages: Sequence[Message]) -> None:
         old = self._ranks.get(rank.number)
         if old is not None:  # torchrun has started it again
+            self._files.done(old.number)
             self._drain(old)
             self._forget(old)
             old.close()
@@ -174,6 +177,9 @@ class Ranks:
             if message["kind"] in ("idle", "end"):
                 # All that the rank has printed is in its pipe.
                 self._drain(rank)
+                if rank.closure is not None:
+                    self._files.done(rank.number, rank.closure)
+                    rank.closure = None
             for key in ("results", "pickled"):
                 if message.get(key):
                     message[key] = self._out.send_file(message[key])
@@ -192,6 +198,7 @@ class Ranks:
             return
         self._drain(rank)
         rank.dead = True
+        self._files.done(rank.number)
         # faulthandler's words on a fatal signal are in there.
         self._send_stack(rank)
         kills = _process.oom_kills() - self._oom_kills
@@ -241,8 +248,10 @@ class Ranks:
         rank = self._alive(number)
         if rank is None:
             return
-        if message.get("closure") is not None:
-            message = {**message, "closure": self._files.path(message["closure"])}
+        if message["kind"] == "cell":
+            rank.closure = message["closure"]
+            if rank.closure is not None:
+                message = {**message, "closure": self._files.path(rank.closure)}
         fields = {key: value for key, value in message.items() if key != "kind"}
         rank.inbox.sock.settimeout(_TELL_SECONDS)
         with contextlib.suppress(OSError):  # it is gone, or does not listen

@@ -278,6 +278,37 @@ def test_ranks_stay(cluster: Cluster) -> None:
         kernel.ok("%ddp stop")
 
 
+def test_what_cells_used_is_not_kept_on_nodes(cluster: Cluster) -> None:
+    kernel = cluster.kernel
+    folders = [Path("/dev/shm"), Path(kernel.get("__import__('tempfile').gettempdir()"))]
+
+    def kept() -> list[Path]:
+        pids = [process.pid for process in processes()["_node"]]
+        found = [path for folder in folders for pid in pids for path in folder.glob(f"nbddp-{pid}-*/run-*/closure.*")]
+        return [path for path in found if path.is_symlink() or path.exists()]
+
+    kernel.ok("import torch")
+    try:
+        cluster.ok("held = 0", "--cpus 2 --keep")
+        for number in range(3):
+            kernel.ok(f"big{number} = torch.full((10_000_000,), {number + 1}, dtype=torch.int32)")
+            line = f"held += int(big{number}[-1]) + int(big0[0])"
+            kernel.ok(f"%%ddp --keep --gather held\n{line}", timeout=SECONDS)
+        assert kernel.get("held") == [9] * 4
+        assert not kept()
+        kernel.ok("other = torch.full((10_000_000,), 5, dtype=torch.int32)")
+        # A failure, and not all ranks: the other node is never told.
+        failed = kernel.run("%%ddp --keep --on 0\nheld = int(other[3]) / 0", timeout=SECONDS)
+        assert failed.error == "ZeroDivisionError"
+        assert all(path.name == "closure.5" for path in kept())
+        kernel.ok("last = list(range(300_000))")
+        kernel.ok("%%ddp --keep --gather held\nheld = len(last) + int(big2[-1])", timeout=SECONDS)
+        assert kernel.get("held") == [300_003] * 4
+        assert not kept()
+    finally:
+        kernel.ok("%ddp stop")
+
+
 def test_a_run_in_the_background(cluster: Cluster) -> None:
     kernel = cluster.kernel
     cluster.ok("import time\ntime.sleep(1)\nmade = rank + 5\nprint('done')", "--cpus 1 --bg far --out made")
