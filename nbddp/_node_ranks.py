@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 
 from nbddp import _process, _wire
-from nbddp._frames import Message
+from nbddp._frames import LONGEST_MESSAGE, Message, TooLongError
 from nbddp._loop import Loop, Timers
 from nbddp._memory import Meter
 from nbddp._node_files import SentFiles
 from nbddp._outflow import Outflow
-from nbddp._paths import RunDir
+from nbddp._paths import RunDir, format_size
 from nbddp._uplink import STACK_SIGNAL
 
 # Seconds between two looks at the ranks' memory, and until the first.
@@ -32,6 +32,10 @@ _LITTLE_SECONDS = 0.02
 
 # Seconds that a rank has to take what it is told.
 _TELL_SECONDS = 5.0
+
+# Lines of a traceback that are left of one that is too long; and characters of a list of types.
+_LONGEST_TRACEBACK = 200
+_LONGEST_KINDS = 100
 
 _READ = 1 << 16
 
@@ -186,7 +190,10 @@ class Ranks:
                     if message[key] is None and key == "results":
                         del message[key]
                         message["bad_results"][""] = "what was to come back could not be read on its node"
-            self._out.send("from", rank=rank.number, message=message)
+            try:
+                self._out.send("from", rank=rank.number, message=message)
+            except TooLongError as error:
+                self._out.send("from", rank=rank.number, message=_shortened(message, error.size))
 
     def _see_death(self, rank: _Rank) -> None:
         if rank.pidfd is not None:
@@ -300,3 +307,20 @@ class Ranks:
         if memory != self._memory:
             self._memory = memory
             self._out.send("memory", ranks=memory)
+
+
+def _shortened(message: Message, size: int) -> Message:
+    """Return what can be sent in place of a message that is too long, so that it does not end the run."""
+    short = dict(message)
+    if message["kind"] == "display" and "data" in message:
+        # In its place, which a mark in the output tells by its number; and what updates it finds it.
+        kinds = ", ".join(message["data"])[:_LONGEST_KINDS]
+        text = (
+            f"nbddp: a display of {format_size(size)} ({kinds}) is not shown: from other machines come at most "
+            f"{format_size(LONGEST_MESSAGE)}. Save it to a file there, or show less"
+        )
+        short["data"] = {"text/plain": text}
+    elif isinstance(lines := message.get("lines"), list):
+        half = _LONGEST_TRACEBACK // 2
+        short["lines"] = [*lines[:half], f"({len(lines) - 2 * half} lines are not shown)", *lines[-half:]]
+    return short

@@ -101,7 +101,7 @@ class Outflow:
         return self._writer.broken
 
     def send(self, kind: str, **fields: Any) -> None:
-        """Send a message."""
+        """Send a message. Raises TooLongError, having sent nothing, if it is too long."""
         self._writer.put(self._lines.message(kind, **fields))
 
     def output(self, rank: int, data: bytes) -> None:

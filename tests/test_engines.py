@@ -186,6 +186,20 @@ def test_displays_bars_and_values_come_through(cluster: Cluster) -> None:
     assert reply.value["text/plain"] == "0"
 
 
+def test_a_display_that_is_too_large_does_not_end_the_run(cluster: Cluster) -> None:
+    reply = cluster.ok(
+        "if rank == 3:\n    print('before')\n    display({'text/html': 'x' * 55_000_000}, raw=True)\n"
+        "    print('after')\ndisplay({'text/html': f'<b>{rank}</b>'}, raw=True)\nrank"
+    )
+    shown = [one for one in reply.displays if "a display of" in one.get("text/plain", "")]
+    assert len(shown) == 1
+    assert "a display of 55.0 MB (text/html) is not shown" in shown[0]["text/plain"]
+    assert sorted(one["text/html"] for one in reply.displays if "text/html" in one)[:4] == [
+        f"<b>{r}</b>" for r in range(4)
+    ]
+    assert [line for line in reply.lines if "rank 3" in line][:2] == ["[node1 rank 3] before", "[node1 rank 3] after"]
+
+
 def test_an_interrupt_says_where_all_ranks_were(cluster: Cluster) -> None:
     pressed = [0.0]
 
