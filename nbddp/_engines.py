@@ -79,6 +79,7 @@ class Here:
         job: What the engine calls the job; empty if it has no name for it.
         name: What the engine calls the node; empty for its host name.
         line_limit: Bytes of a line that arrives whole.
+        cores: How many cores are this node's, if not all that it sees.
     """
 
     number: int
@@ -87,6 +88,7 @@ class Here:
     job: str = ""
     name: str = ""
     line_limit: int = LONG_LINE
+    cores: int | None = None
 
 
 class Engine(abc.ABC):
@@ -174,7 +176,8 @@ class Local(Engine):
 
     def links(self, command: Sequence[str]) -> Sequence[Link]:
         """Return one client for each node: its process itself."""
-        return [Link([*command, str(node)], [node]) for node in range(self.placement.nnodes)]
+        nodes = self.placement.nnodes
+        return [Link([*command, f"{node}/{nodes}"], [node]) for node in range(nodes)]
 
     def explain(self, link: Link, status: int | None, words: Sequence[str]) -> str:
         """Return how the process ended."""
@@ -182,8 +185,9 @@ class Local(Engine):
 
     @staticmethod
     def here(argument: str, env: Mapping[str, str]) -> Here:
-        """Return the number that stands behind the command."""
-        return Here(int(argument), "127.0.0.1")
+        """Return the number that stands behind the command; the nodes share this machine's cores."""
+        number, nodes = map(int, argument.split("/"))
+        return Here(number, "127.0.0.1", cores=_process.usable_cores() // nodes)
 
 
 def of(placement: Placement) -> Engine:

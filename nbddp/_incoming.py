@@ -1,58 +1,81 @@
-"""Files that come from another machine in pieces."""
+"""Files that arrive in pieces: on a node what the notebook sends, in the gateway what ranks have made."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Hashable
-from typing import BinaryIO, Generic, TypeVar
+from dataclasses import dataclass
+from io import FileIO
+from typing import Generic, TypeVar
+
+from nbddp._frames import FrameError
 
 Key = TypeVar("Key", bound=Hashable)
 
 
+@dataclass
+class _File:
+    file: FileIO
+    path: str
+    left: int
+
+
 class Incoming(Generic[Key]):
-    """The files that are on their way here, by what the sender calls each."""
+    """The files that have begun and are not complete, by what their pieces call them."""
 
     def __init__(self) -> None:
-        self._open: dict[Key, tuple[BinaryIO, int]] = {}
+        self._files: dict[Key, _File] = {}
 
-    def begin(self, key: Key, path: str, size: int) -> bool:
-        """Make a file of so many bytes, which are to come; tell whether it is complete, being empty.
+    def begin(self, key: Key, path: str, size: int) -> None:
+        """Make a file; one without bytes is complete with an empty piece.
+
+        Args:
+            key: What its pieces will call it; a file that was called so and is not complete is forgotten.
+            path: Where it is to be. Nothing may be there: a link that somebody has put there is not followed.
+            size: How many bytes are to come.
 
         Raises:
-            OSError: It cannot be made; or there is something of that name.
+            OSError: It cannot be made.
         """
-        # What stands there now is not to be followed.
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        self._open[key] = open(fd, "wb"), size  # noqa: SIM115  # closed when it is complete
-        return self.piece(key, b"")
+        self.forget(key)
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        self._files[key] = _File(FileIO(fd, "w"), path, size)
 
     def piece(self, key: Key, data: bytes) -> bool:
-        """Write the next bytes; tell whether the file is complete.
+        """Write the next bytes of a file; return whether these were the last.
 
         Raises:
-            KeyError: No such file was begun.
-            OSError: They cannot be written; the file is given up.
+            KeyError: No file of that name has begun.
+            FrameError: There are more than were to come.
+            OSError: They cannot be written; its `filename` is the path, and the file is forgotten.
         """
-        file, left = self._open.pop(key)
+        one = self._files[key]
+        if len(data) > one.left:
+            raise FrameError(f"{os.path.basename(one.path)} has {len(data) - one.left} bytes more than were to come")
         try:
-            file.write(data)
-            if left > len(data):
-                self._open[key] = file, left - len(data)
+            view = memoryview(data)
+            while view:
+                view = view[one.file.write(view) :]
+            one.left -= len(data)
+            if one.left:
                 return False
-            file.close()
-        except OSError:
-            with contextlib.suppress(OSError):
-                file.close()
+            one.file.close()
+        except OSError as error:
+            self.forget(key)
+            error.filename = one.path
             raise
+        del self._files[key]
         return True
 
     def forget(self, key: Key) -> None:
-        """Close a file of which no more will come; nothing, if there is none."""
-        if (entry := self._open.pop(key, None)) is not None:
-            entry[0].close()
+        """Wait no longer for a file's bytes; what has come of them stays where it is."""
+        if (one := self._files.pop(key, None)) is not None:
+            # Only what is written tells whether there is room.
+            with contextlib.suppress(OSError):
+                one.file.close()
 
     def close(self) -> None:
-        """Close all that is not complete."""
-        for key in list(self._open):
+        """Forget all files."""
+        for key in list(self._files):
             self.forget(key)

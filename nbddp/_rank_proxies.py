@@ -226,6 +226,8 @@ class RankProxies:
         path = self._run_dir.place(message["name"], message["size"])
         self._paths[node.number, message["name"]] = path
         self._files.begin((node.number, message["file"]), path, message["size"])
+        if not message["size"]:
+            self.piece(node, message["file"], b"")
 
     def piece(self, node: NodeState, number: int, data: bytes) -> None:
         """Write the next bytes of such a file."""

@@ -14,7 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbddp import _frames
-from nbddp._frames import LONG_LINE, SHORT_LINE, Decoder, Frame, FrameError, LineReader, LineWriter, check_name, encode
+from nbddp._frames import (
+    LONG_LINE,
+    LONGEST_MESSAGE,
+    SHORT_LINE,
+    Decoder,
+    Frame,
+    FrameError,
+    LineReader,
+    LineWriter,
+    TooLongError,
+    check_name,
+    encode,
+)
 from tests.kernel import Kernel
 
 settings.register_profile("frames", deadline=None, max_examples=150)
@@ -153,6 +165,19 @@ def test_what_is_too_long_is_not_kept() -> None:
         body = json.dumps({"kind": "piece", "raw": raw}).encode()
         with pytest.raises(FrameError, match="behind it"):
             list(Decoder().feed(struct.pack("!I", len(body)) + body))
+
+
+@pytest.mark.parametrize("limit", [SHORT_LINE, LONG_LINE])
+def test_what_a_node_may_send_the_other_side_takes(limit: int) -> None:
+    writer, reader = LineWriter(3, limit), LineReader()
+    empty = len(json.dumps({"kind": "x", "text": ""}, separators=(",", ":")))
+    text = "x" * (LONGEST_MESSAGE - empty)
+    with pytest.raises(TooLongError, match="cannot have 33554433 bytes") as caught:
+        writer.message("x", text=text + "x")
+    assert caught.value.size == LONGEST_MESSAGE + 1
+    ((node, frame),) = reader.feed(writer.message("x", text=text))
+    assert node == 3
+    assert frame.message["text"] == text
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,11 @@ from nbddp._standalone import command
         ("--hosts a --engine slurm", "--hosts are reached by ssh, not by --engine slurm"),
         ("--hosts a --slurm -N1", "--slurm '-N1' is for Slurm, and --hosts for another engine"),
         ("--hosts=-oProxyCommand=x", "--hosts '-oProxyCommand=x': names of machines as ssh knows them"),
-        ("--slurm \"--comment='x\"", "--slurm \"--comment='x\": No closing quotation"),
-        ("--nnodes 2 --node-rank 0 --rdzv-endpoint a:1 --hosts a,b", "--node-rank and --rdzv-endpoint are for a launch"),
+        ('--slurm "--comment=\'x"', '--slurm "--comment=\'x": No closing quotation'),
+        (
+            "--nnodes 2 --node-rank 0 --rdzv-endpoint a:1 --hosts a,b",
+            "--node-rank and --rdzv-endpoint are for a launch",
+        ),
         ("--nnodes 2 --node-rank 0 --rdzv-endpoint a:1 --keep", "--keep and --node-rank do not go together"),
         ("--python /usr/bin/python3", "--python /usr/bin/python3: that is for nodes"),
         ("--nnodes 2 --gpu-ids 0,1", "Slurm chooses the GPUs of a node"),
