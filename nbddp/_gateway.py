@@ -172,6 +172,8 @@ class _Node:
         # Whether it can connect to the first.
         self.reaches = False
         self.ended = False
+        # Whether it is given up, after a lease without a word: then it ends by its own.
+        self.silent = False
         # Whether it has said that it ends; and whether it may, since its agent has ended well.
         self.told = False
         self.done = False
@@ -180,6 +182,11 @@ class _Node:
         self._trip = float("inf")
         self.files: dict[int, Any] = {}
         self.paths: dict[str, str] = {}
+
+    @property
+    def may_speak(self) -> bool:
+        """Whether it may yet say that it has ended."""
+        return not (self.ended or self.silent)
 
     def set_clock(self, sent: float, its: float) -> None:
         """Compare clocks: of all round trips, the shortest tells most."""
@@ -472,6 +479,7 @@ class Gateway:
             silent = [node for node in self._nodes.values() if node.hello and not node.ended]
             for node in silent:
                 if now > node.heard + LEASE_SECONDS:
+                    node.silent = True
                     self._lose(f"{self._called(node)} has not been heard of for {LEASE_SECONDS:g} s")
 
     def _look_for_answers(self, now: float) -> None:
@@ -554,7 +562,7 @@ class Gateway:
                 self._spawn(self._explain_soon(node, message["by"]))
             case "ended":
                 node.ended = node.told = True
-                if all(other.ended for other in self._nodes.values()):
+                if not any(other.may_speak for other in self._nodes.values()):
                     self._over.set()
                 elif self._ending is None and not self._told_lost and not node.done:
                     self._spawn(self._explain_soon(node, ""))
@@ -766,7 +774,7 @@ class Gateway:
         self._send(-1, "finish", seconds=_FINISH_SECONDS)
 
     async def _kill(self) -> None:
-        """End the nodes now."""
+        """End the nodes now; which are not waited for that were given up."""
         self._send(-1, "kill")
         _engines.ask_no_more()
         if any(node.hello for node in self._nodes.values()):
@@ -796,7 +804,7 @@ class Gateway:
         for argv in self._engine.cancel():
             await self._run_to_the_end(argv)
         # Nodes that are told to end, or see the end of their stdin, clear up; those whose client is killed may not.
-        clearing = any(node.hello and not node.ended for node in self._nodes.values())
+        clearing = any(node.hello and node.may_speak for node in self._nodes.values())
         if await self._wait_for_clients(_CLEAR_SECONDS if clearing else 0.0):
             return
         # A client may have a process that sees to its end, and goes on for ever where it cannot.
