@@ -209,6 +209,8 @@ class Node:
         self._over = False
         self._why = ""
         self._told = ""
+        # Whether its lease has run out.
+        self._alone = False
         # A signal wakes the loop, and tears nothing: neither what is being done, nor the end.
         self._wake, waker = socket.socketpair()
         for end in (self._wake, waker):
@@ -253,7 +255,7 @@ class Node:
         self._client.close()
         self._send("ended")
         # Slurm tears the last lines of a task that ends, and others' with them; so it stays until all has been read.
-        deadline = time.monotonic() + _GOODBYE_SECONDS
+        deadline = time.monotonic() + (0.0 if self._alone else _GOODBYE_SECONDS)
         with contextlib.suppress(OSError):
             while time.monotonic() < deadline and not self._writer.broken:
                 if select.select([self._stdin], [], [], _LOOK_SECONDS)[0] and not os.read(self._stdin, _READ):
@@ -277,6 +279,7 @@ class Node:
             # This process may itself have been stopped meanwhile: what has come is read first.
             self._read()
             if time.monotonic() > self._heard + LEASE_SECONDS:
+                self._alone = True
                 self._end(f"nothing has come from the notebook for {LEASE_SECONDS:g} s")
         for timer in [timer for timer in self._timers if timer[0] <= now]:
             self._timers.remove(timer)
