@@ -22,7 +22,7 @@ from nbddp._standalone import command
         ('--slurm "--comment=\'x"', '--slurm "--comment=\'x": No closing quotation'),
         (
             "--nnodes 2 --node-rank 0 --rdzv-endpoint a:1 --hosts a,b",
-            "--node-rank and --rdzv-endpoint are for a launch",
+            "--node-rank and --rdzv-endpoint are for a",
         ),
         ("--nnodes 2 --node-rank 0 --rdzv-endpoint a:1 --keep", "--keep and --node-rank do not go together"),
         ("--python /usr/bin/python3", "--python /usr/bin/python3: that is for nodes"),
