@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import os
 import selectors
+import sys
+import termios
 import time
 from collections.abc import Callable, Sequence
 
@@ -147,7 +150,7 @@ class Ranks:
         self._ranks[rank.number] = rank
         self._memory_at = min(self._memory_at, time.monotonic() + _MEMORY_SOON)
         self._out.send("rank", **{key: value for key, value in messages[0].items() if key != "kind"})
-        self._loop.watch(rank.inbox.sock, functools.partial(self._hear, rank))
+        self._loop.watch(rank.inbox.sock, functools.partial(self._hear_if_room, rank))
         self._outputs.register(rank.output, selectors.EVENT_READ, rank)
         if rank.pidfd is not None:
             self._loop.watch(rank.pidfd, functools.partial(self._see_death, rank))
@@ -165,6 +168,19 @@ class Ranks:
         return None if rank is None or rank.dead else rank
 
     # What they say.
+
+    def _hear_if_room(self, rank: _Rank) -> None:
+        """Hear a rank; while there is no room for what it says, it waits, as who prints does."""
+        if not self._out.full:
+            self._hear(rank)
+            return
+        self._loop.unwatch(rank.inbox.sock)
+
+        def again() -> None:
+            if self._alive(rank.number) is rank and not rank.inbox.closed:
+                self._loop.watch(rank.inbox.sock, functools.partial(self._hear_if_room, rank))
+
+        self._timers.after(_FULL_SECONDS, again)
 
     def _hear(self, rank: _Rank) -> None:
         self._pass_on(rank, rank.inbox.receive())
@@ -244,9 +260,11 @@ class Ranks:
         return len(data)
 
     def _drain(self, rank: _Rank) -> None:
+        """Send what is in a rank's pipe at this moment; what its children print may never come to an end."""
         with contextlib.suppress(OSError):
-            while not rank.dead and self._read_output(rank):
-                pass
+            left = _readable(rank.output)
+            while left > 0 and not rank.dead and (taken := self._read_output(rank)):
+                left -= taken
 
     # What they are told and asked.
 
@@ -307,6 +325,11 @@ class Ranks:
         if memory != self._memory:
             self._memory = memory
             self._out.send("memory", ranks=memory)
+
+
+def _readable(fd: int) -> int:
+    """Return how many bytes a pipe holds."""
+    return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
 
 
 def _shortened(message: Message, size: int) -> Message:
