@@ -78,6 +78,7 @@ class Ranks:
         out: The way to the notebook.
         files: What the notebook has sent.
         greet_agent: Called with the connection of an agent, and what it has said.
+        have_begun: Called when a rank has connected, with the number of the attempt.
 
     Attributes:
         meter: Reads their memory.
@@ -93,6 +94,7 @@ class Ranks:
         out: Outflow,
         files: SentFiles,
         greet_agent: Callable[[_wire.Inbox, Sequence[Message]], None],
+        have_begun: Callable[[int], None],
     ) -> None:
         self._run_dir = run_dir
         # What paths in stacks are called on the notebook's machine.
@@ -105,6 +107,7 @@ class Ranks:
         self._out = out
         self._files = files
         self._greet_agent = greet_agent
+        self._have_begun = have_begun
         self.meter = Meter()
         self._ranks: dict[int, _Rank] = {}
         self._outputs = selectors.DefaultSelector()
@@ -154,6 +157,7 @@ class Ranks:
         self._outputs.register(rank.output, selectors.EVENT_READ, rank)
         if rank.pidfd is not None:
             self._loop.watch(rank.pidfd, functools.partial(self._see_death, rank))
+        self._have_begun(messages[0]["attempt"])
         self._pass_on(rank, messages[1:])
 
     def _forget(self, rank: _Rank) -> None:
@@ -339,7 +343,7 @@ def _shortened(message: Message, size: int) -> Message:
         # In its place, which a mark in the output tells by its number; and what updates it finds it.
         kinds = ", ".join(message["data"])[:_LONGEST_KINDS]
         text = (
-            f"nbddp: a display of {format_size(size)} ({kinds}) is not shown: from other machines come at most "
+            f"a display of {format_size(size)} ({kinds}) is not shown: from other machines come at most "
             f"{format_size(LONGEST_MESSAGE)}. Save it to a file there, or show less"
         )
         short["data"] = {"text/plain": text}

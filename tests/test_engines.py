@@ -192,13 +192,16 @@ def test_a_display_that_is_too_large_does_not_end_the_run(cluster: Cluster) -> N
         "if rank == 3:\n    print('before')\n    display({'text/html': 'x' * 55_000_000}, raw=True)\n"
         "    print('after')\ndisplay({'text/html': f'<b>{rank}</b>'}, raw=True)\nrank"
     )
-    shown = [one for one in reply.displays if "a display of" in one.get("text/plain", "")]
-    assert len(shown) == 1
-    assert "a display of 55.0 MB (text/html) is not shown" in shown[0]["text/plain"]
     assert sorted(one["text/html"] for one in reply.displays if "text/html" in one)[:4] == [
         f"<b>{r}</b>" for r in range(4)
     ]
-    assert [line for line in reply.lines if "rank 3" in line][:2] == ["[node1 rank 3] before", "[node1 rank 3] after"]
+    printed = [line for line in reply.text.splitlines() if "rank 3" in line]
+    assert [line[:29] for line in printed[:3]] == [
+        "[node1 rank 3] before",
+        "[node1 rank 3] a display of 5",
+        "[node1 rank 3] after",
+    ]
+    assert "a display of 55.0 MB (text/html) is not shown" in printed[1]
 
 
 def test_an_interrupt_says_where_all_ranks_were(cluster: Cluster) -> None:
@@ -379,6 +382,33 @@ def test_the_death_of_what_is_in_between_ends_the_run_and_the_next_works(
     if victim != "_gateway":
         assert "node" in request.reply.message
     assert cluster.ok("print('again')").lines == [f"[node{r // 2} rank {r}] again" for r in range(4)]
+
+
+def stores() -> list[psutil.Process]:
+    """Return the processes that serve torch's store: of what launchers have forked, an agent has ranks."""
+    forked = [child for launcher in processes()["_launcher"] for child in launcher.children()]
+    return [process for process in forked if runs(process) and not process.children()]
+
+
+def test_the_end_of_the_store_ends_the_run_and_a_restart_leaves_one(start: Callable[[], Cluster]) -> None:
+    cluster = start()
+    code = (
+        "import os, time\nattempt = os.environ['TORCHELASTIC_RESTART_COUNT']\n"
+        "if rank == 3 and attempt == '0': raise OSError('the disk')\n"
+        "if attempt == '0': time.sleep(600)\nprint('begun', flush=True)\ntime.sleep(600)"
+    )
+    request = cluster.kernel.ask(f"{cluster.line} --cpus 2 --max-restarts 1\n{code}")
+    request.follow(lambda reply: reply.panels and reply.panels[-1]["text/plain"].count("begun") == 4, SECONDS)
+    found = stores()
+    if not found:
+        pytest.skip("the engine's nodes are not processes of this kernel's")
+    assert len(found) == 1
+    found[0].send_signal(signal.SIGKILL)
+    assert request.wait(20.0)
+    assert request.reply.error == "RunLostError"
+    assert "the process that serves torch's store" in request.reply.message
+    assert "was killed by signal 9 (SIGKILL)" in request.reply.message
+    assert "node0" in request.reply.message
 
 
 def test_nodes_end_when_nobody_beats(start: Callable[[], Cluster]) -> None:
