@@ -58,12 +58,14 @@ class Link:
         nodes: The numbers of the nodes that get its stdin, and whose stdout is its own.
         env: Its environment; None for the notebook's.
         orphaned: The signal that it gets if the gateway dies; what runs on the nodes sees the end of its stdin.
+        pumped: Whether it kills its nodes if nobody reads its output any more, so that somebody must.
     """
 
     argv: Sequence[str]
     nodes: Sequence[int]
     env: Mapping[str, str] | None = None
     orphaned: int = signal.SIGTERM
+    pumped: bool = False
 
 
 @dataclass(frozen=True)

@@ -243,7 +243,11 @@ class Node:
                 self._look_at_the_clock()
         except (NbddpError, OSError, FrameError) as error:
             # Of this node alone; the notebook ends the others.
-            self._why = str(error)
+            self._why = self._told or str(error)
+            if self._told:
+                # An engine ends what it ends one by one.
+                self._send("told to end", by=self._told)
+                return self._why
             # What is said of a notebook's own machine; here, it is told with the run.
             self._send("refused", reason=self._why.replace(" and restart the kernel", ": --env TMPDIR=..."))
         return self._why
@@ -270,7 +274,8 @@ class Node:
 
     def _look_at_the_clock(self) -> None:
         now = time.monotonic()
-        if self._told and not self._over:
+        if self._told and self._why != self._told:
+            # Also if its agent, which has been told as well, was faster.
             self._send("told to end", by=self._told)
             self._end(self._told)
         elif self._writer.broken:
@@ -341,6 +346,10 @@ class Node:
                 self._begin_file(message["name"], message["size"])
             case "piece":
                 self._write_file(message["name"], raw)
+            case "drop":
+                if (entry := self._files.pop(message["name"], None)) is not None:
+                    entry[0].close()
+                    os.unlink(self._paths.pop(message["name"]))
             case "count":
                 self._ask("count gpus", self._counted, env=self._env)
             case "meet":
