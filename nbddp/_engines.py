@@ -58,12 +58,14 @@ class Link:
         nodes: The numbers of the nodes that get its stdin, and whose stdout is its own.
         env: Its environment; None for the notebook's.
         orphaned: The signal that it gets if the gateway dies; what runs on the nodes sees the end of its stdin.
+        pumped: Whether it kills its nodes if nobody reads its output any more, so that somebody must.
     """
 
     argv: Sequence[str]
     nodes: Sequence[int]
     env: Mapping[str, str] | None = None
     orphaned: int = signal.SIGTERM
+    pumped: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Here:
         job: What the engine calls the job; empty if it has no name for it.
         name: What the engine calls the node; empty for its host name.
         line_limit: Bytes of a line that arrives whole.
+        cores: How many cores are this node's, if not all that it sees.
     """
 
     number: int
@@ -85,6 +88,7 @@ class Here:
     job: str = ""
     name: str = ""
     line_limit: int = LONG_LINE
+    cores: int | None = None
 
 
 class Engine(abc.ABC):
@@ -172,7 +176,8 @@ class Local(Engine):
 
     def links(self, command: Sequence[str]) -> Sequence[Link]:
         """Return one client for each node: its process itself."""
-        return [Link([*command, str(node)], [node], self._env(node)) for node in range(self.placement.nnodes)]
+        nodes = self.placement.nnodes
+        return [Link([*command, f"{node}/{nodes}"], [node], self._env(node)) for node in range(nodes)]
 
     def _env(self, node: int) -> Mapping[str, str] | None:
         """Return a node's environment: of the GPUs of the machine it sees its part."""
@@ -186,8 +191,9 @@ class Local(Engine):
 
     @staticmethod
     def here(argument: str, env: Mapping[str, str]) -> Here:
-        """Return the number that stands behind the command."""
-        return Here(int(argument), "127.0.0.1")
+        """Return the number that stands behind the command; the nodes share this machine's cores."""
+        number, nodes = map(int, argument.split("/"))
+        return Here(number, "127.0.0.1", cores=_process.usable_cores() // nodes)
 
 
 def of(placement: Placement) -> Engine:

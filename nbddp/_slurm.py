@@ -224,10 +224,10 @@ class Slurm(Engine):
     def links(self, command: Sequence[str]) -> Sequence[Link]:
         """Return the one client for all nodes: it copies its stdin to each, and prints what they print."""
         whose = "step" if self._allocation is not None else "job"
-        # SIGINT takes srun's job out of the queue, and does nothing to one that runs: its nodes have seen the end of
-        # their stdin, and clear up. SIGTERM would have them killed before that.
+        # If the gateway is killed: SIGINT takes srun's job out of the queue, and does nothing to one that runs, whose
+        # nodes see the end of their stdin, and clear up. SIGTERM, or SIGPIPE, would have them killed before that.
         srun = ["srun", *self._asked(), *command, whose]
-        return [Link(srun, range(self.placement.nnodes), self._env(), orphaned=signal.SIGINT)]
+        return [Link(srun, range(self.placement.nnodes), self._env(), orphaned=signal.SIGINT, pumped=True)]
 
     def hear(self, words: str) -> str | None:
         """Tell what srun says of the queue."""
@@ -315,6 +315,8 @@ class Slurm(Engine):
             f"{job}.{step}",
             env.get("SLURMD_NODENAME", ""),
             LONG_LINE if alone else SHORT_LINE,
+            # Not every site binds a task to the CPUs that it has.
+            int(env["SLURM_CPUS_ON_NODE"]) if env.get("SLURM_CPUS_ON_NODE", "").isdigit() else None,
         )
 
 

@@ -126,7 +126,7 @@ class Plan:
     @property
     def may_leave_folders(self) -> bool:
         """Whether Slurm kills all that is on a node, at once: its next run then deletes the files."""
-        return any(word in self.victim for word in ("gateway", "srun", "slurmstepd"))
+        return any(word in self.victim for word in ("srun", "slurmstepd"))
 
 
 @dataclass

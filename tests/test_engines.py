@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import signal
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -186,6 +187,23 @@ def test_displays_bars_and_values_come_through(cluster: Cluster) -> None:
     assert reply.value["text/plain"] == "0"
 
 
+def test_a_display_that_is_too_large_does_not_end_the_run(cluster: Cluster) -> None:
+    reply = cluster.ok(
+        "if rank == 3:\n    print('before')\n    display({'text/html': 'x' * 55_000_000}, raw=True)\n"
+        "    print('after')\ndisplay({'text/html': f'<b>{rank}</b>'}, raw=True)\nrank"
+    )
+    assert sorted(one["text/html"] for one in reply.displays if "text/html" in one)[:4] == [
+        f"<b>{r}</b>" for r in range(4)
+    ]
+    printed = [line for line in reply.text.splitlines() if "rank 3" in line]
+    assert [line[:29] for line in printed[:3]] == [
+        "[node1 rank 3] before",
+        "[node1 rank 3] a display of 5",
+        "[node1 rank 3] after",
+    ]
+    assert "a display of 55.0 MB (text/html) is not shown" in printed[1]
+
+
 def test_an_interrupt_says_where_all_ranks_were(cluster: Cluster) -> None:
     pressed = [0.0]
 
@@ -241,6 +259,14 @@ def test_a_crash_shows_its_stack(cluster: Cluster) -> None:
     assert "rank 1: in string_at" in reply.traceback
 
 
+def test_ranks_do_not_compute_with_more_threads_than_their_node_has_cores(engine: Engine, cluster: Cluster) -> None:
+    if engine.name == "ssh":
+        pytest.skip("each host has all of this machine's cores, as far as it can see")
+    cluster.ok("import torch\nthreads = torch.get_num_threads()", "--cpus 1 --gather threads")
+    # Both nodes are this machine: under Slurm each rank has asked for one core, and locally the nodes share them.
+    assert cluster.kernel.get("threads") == [1, 1]
+
+
 def test_all_ranks_are_started_again(cluster: Cluster, tmp_path: Path) -> None:
     code = (
         "import os, torch, torch.distributed as dist\n"
@@ -291,6 +317,37 @@ def test_the_same_kept_line_again(cluster: Cluster) -> None:
         kernel.ok("%ddp stop")
 
 
+def test_what_cells_used_is_not_kept_on_nodes(cluster: Cluster) -> None:
+    kernel = cluster.kernel
+    folders = [Path("/dev/shm"), Path(kernel.get("__import__('tempfile').gettempdir()"))]
+
+    def kept() -> list[Path]:
+        pids = [process.pid for process in processes()["_node"]]
+        found = [path for folder in folders for pid in pids for path in folder.glob(f"nbddp-{pid}-*/run-*/closure.*")]
+        return [path for path in found if path.is_symlink() or path.exists()]
+
+    kernel.ok("import torch")
+    try:
+        cluster.ok("held = 0", "--cpus 2 --keep")
+        for number in range(3):
+            kernel.ok(f"big{number} = torch.full((10_000_000,), {number + 1}, dtype=torch.int32)")
+            line = f"held += int(big{number}[-1]) + int(big0[0])"
+            kernel.ok(f"%%ddp --keep --gather held\n{line}", timeout=SECONDS)
+        assert kernel.get("held") == [9] * 4
+        assert not kept()
+        kernel.ok("other = torch.full((10_000_000,), 5, dtype=torch.int32)")
+        # A failure, and not all ranks: the other node is never told.
+        failed = kernel.run("%%ddp --keep --on 0\nheld = int(other[3]) / 0", timeout=SECONDS)
+        assert failed.error == "ZeroDivisionError"
+        assert len({path.name for path in kept()}) == 1
+        kernel.ok("last = list(range(300_000))")
+        kernel.ok("%%ddp --keep --gather held\nheld = len(last) + int(big2[-1])", timeout=SECONDS)
+        assert kernel.get("held") == [300_003] * 4
+        assert not kept()
+    finally:
+        kernel.ok("%ddp stop")
+
+
 def test_a_run_in_the_background(cluster: Cluster) -> None:
     kernel = cluster.kernel
     cluster.ok("import time\ntime.sleep(1)\nmade = rank + 5\nprint('done')", "--cpus 1 --bg far --out made")
@@ -322,6 +379,17 @@ def test_the_kernels_death_ends_all(start: Callable[[], Cluster]) -> None:
     assert not left
 
 
+def test_what_never_stops_printing_holds_up_neither_a_cells_end_nor_the_next(cluster: Cluster) -> None:
+    code = "import subprocess\nprocess = subprocess.Popen(['yes', 'x' * 100])\nprint('done')"
+    try:
+        cluster.ok(f"if rank == 2:\n{textwrap.indent(code, '    ')}", "--cpus 2 --keep")
+        cluster.kernel.ok("%%ddp --keep --gather more\nmore = rank + 1", timeout=SECONDS)
+        assert cluster.kernel.get("more") == [1, 2, 3, 4]
+        cluster.kernel.ok("%%ddp --keep\nif rank == 2: process.kill()", timeout=SECONDS)
+    finally:
+        cluster.kernel.ok("%ddp stop")
+
+
 @pytest.mark.parametrize("victim", ["_gateway", "_node", "_launcher"])
 def test_the_death_of_what_is_in_between_ends_the_run_and_the_next_works(
     start: Callable[[], Cluster], victim: str
@@ -335,6 +403,33 @@ def test_the_death_of_what_is_in_between_ends_the_run_and_the_next_works(
     if victim != "_gateway":
         assert "node" in request.reply.message
     assert cluster.ok("print('again')").lines == [f"[node{r // 2} rank {r}] again" for r in range(4)]
+
+
+def stores() -> list[psutil.Process]:
+    """Return the processes that serve torch's store: of what launchers have forked, an agent has ranks."""
+    forked = [child for launcher in processes()["_launcher"] for child in launcher.children()]
+    return [process for process in forked if runs(process) and not process.children()]
+
+
+def test_the_end_of_the_store_ends_the_run_and_a_restart_leaves_one(start: Callable[[], Cluster]) -> None:
+    cluster = start()
+    code = (
+        "import os, time\nattempt = os.environ['TORCHELASTIC_RESTART_COUNT']\n"
+        "if rank == 3 and attempt == '0': raise OSError('the disk')\n"
+        "if attempt == '0': time.sleep(600)\nprint('begun', flush=True)\ntime.sleep(600)"
+    )
+    request = cluster.kernel.ask(f"{cluster.line} --cpus 2 --max-restarts 1\n{code}")
+    request.follow(lambda reply: reply.panels and reply.panels[-1]["text/plain"].count("begun") == 4, SECONDS)
+    found = stores()
+    if not found:
+        pytest.skip("the engine's nodes are not processes of this kernel's")
+    assert len(found) == 1
+    found[0].send_signal(signal.SIGKILL)
+    assert request.wait(20.0)
+    assert request.reply.error == "RunLostError"
+    assert "the process that serves torch's store" in request.reply.message
+    assert "was killed by signal 9 (SIGKILL)" in request.reply.message
+    assert "node0" in request.reply.message
 
 
 def test_nodes_end_when_nobody_beats(start: Callable[[], Cluster]) -> None:

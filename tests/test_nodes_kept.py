@@ -118,7 +118,7 @@ def test_ranks_of_this_machine_take_no_line_for_nodes(kernel: Kernel) -> None:
 def test_what_ends_them_between_two_cells_is_named(kernel: Kernel, victim: str, words: str) -> None:
     keep(kernel)
     found = processes()[victim]
-    next(one for one in found if victim == "_gateway" or one.cmdline()[-1] == "1").send_signal(signal.SIGKILL)
+    next(one for one in found if victim == "_gateway" or one.cmdline()[-1] == "1/2").send_signal(signal.SIGKILL)
     kernel.settles("nbddp._kept.current() is None", value=True, seconds=10)
     reply = kernel.run("%%ddp --keep\nprint(held)")
     assert reply.error == "RunLostError"
