@@ -841,11 +841,19 @@ class Gateway:
             if not client.done:
                 with contextlib.suppress(OSError, RuntimeError):
                     client.process.stdin.close()  # type: ignore[union-attr]
+        # A client may have a process that sees to its end, and goes on for ever where it cannot.
+        helpers = {pid for client in self._clients for pid in _process.children_of(client.process.pid)}
+        pidfds = [pidfd for pid in helpers if (pidfd := _process.open_pidfd(pid)) is not None]
         polite = bool(self._clients) and all(node.ended for node in self._nodes.values())
         if polite:
             await self._wait_for_clients(_CLIENT_SECONDS)
         if any(client.process.returncode is None for client in self._clients) or not polite:
             await self._cancel()
+        for pidfd in pidfds:
+            if not select.select([pidfd], [], [], _HELPER_SECONDS)[0]:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
         for rank in self._ranks.values():
             rank.close()
         self._tell("ended", status=0)
@@ -859,21 +867,13 @@ class Gateway:
         # Nodes that are told to end, or see the end of their stdin, clear up; those whose client is killed may not.
         if await self._wait_for_clients(_CLIENT_SECONDS):
             return
-        # A client may have a process that sees to its end, and goes on for ever where it cannot.
-        helpers = {pid for client in self._clients for pid in _process.children_of(client.process.pid)}
-        pidfds = [pidfd for pid in helpers if (pidfd := _process.open_pidfd(pid)) is not None]
         for signum, seconds in ((signal.SIGTERM, _CANCEL_SECONDS), (signal.SIGKILL, 1.0)):
             for client in self._clients:
                 if client.process.returncode is None:
                     with contextlib.suppress(ProcessLookupError):
                         client.process.send_signal(signum)
             if await self._wait_for_clients(seconds):
-                break
-        for pidfd in pidfds:
-            if not select.select([pidfd], [], [], _HELPER_SECONDS)[0]:
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            os.close(pidfd)
+                return
 
     async def _run_to_the_end(self, argv: Sequence[str]) -> None:
         """Run a command that ends what is left; say so if it cannot."""

@@ -31,7 +31,7 @@ CONF = (
     "PartitionName=high Nodes=ALL PriorityTier=10",
 )
 
-ROUNDS = 3
+ROUNDS = 2
 
 
 @pytest.fixture(scope="module")
