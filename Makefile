@@ -48,10 +48,11 @@ browser:
 	fi; \
 	command -v chromium > /dev/null || echo "no browser: the tests in JupyterLab will be skipped"
 
-# What the tests on several machines need, had in the same way: Slurm, sshd, and ip for machines with addresses of their own.
+# What the tests on several machines need, had in the same way: Slurm, sshd, a csh (some sites' login shell), and ip for
+# machines with addresses of their own.
 # The tests start daemons of their own; those of the packages are not started, neither now nor with the machine.
 cluster:
-	@missing=; for pair in slurmd:slurmd slurmctld:slurmctld munged:munge sshd:openssh-server; do \
+	@missing=; for pair in slurmd:slurmd slurmctld:slurmctld munged:munge sshd:openssh-server tcsh:tcsh; do \
 		PATH="$$PATH:/usr/sbin" command -v $${pair%:*} > /dev/null || missing="$$missing $${pair#*:}"; \
 	done; \
 	command -v srun > /dev/null || missing="$$missing slurm-client"; \

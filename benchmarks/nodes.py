@@ -76,9 +76,9 @@ class Srun:
         agent += [f"--rdzv-endpoint=127.0.0.1:{self._port}", "--rdzv-id=bench", f"--log-dir={self._folder}/logs"]
         return self.start(2, sys.executable, "-u", *agent, str(script))
 
-    def start(self, nodes: int, *command: str) -> subprocess.Popen[str]:
+    def start(self, nodes: int, *command: str, cpus: int = 2) -> subprocess.Popen[str]:
         """Start a command, once on each node."""
-        options = [f"-N{nodes}", f"-n{nodes}", "--ntasks-per-node=1", "--cpus-per-task=2", "--kill-on-bad-exit=1"]
+        options = [f"-N{nodes}", f"-n{nodes}", "--ntasks-per-node=1", f"--cpus-per-task={cpus}", "--kill-on-bad-exit=1"]
         return subprocess.Popen(
             ["srun", *options, *command],
             stdin=subprocess.DEVNULL,
@@ -152,7 +152,7 @@ def flood(folder: Path, repeat: int) -> list[Table]:
             ours.append(time.perf_counter() - began)
             began = time.perf_counter()
             # An interpreter takes a moment to start; the ranks that stay have done so.
-            text = bare.start(4, sys.executable, "-S", str(script)).communicate()[0]
+            text = bare.start(4, sys.executable, "-S", str(script), cpus=1).communicate()[0]
             theirs.append(time.perf_counter() - began)
         table.rows.append(ratio_row("through the relay, into the logs and the cell", ours, theirs, "as fast"))
         logs = _log_folder(kernel.ok("%ddp log"))
@@ -166,7 +166,8 @@ def flood(folder: Path, repeat: int) -> list[Table]:
 
 
 def _log_folder(reply: Reply) -> Path:
-    return next(path for word in reply.text.split() if "logs-" in word for path in (Path(word),) if path.is_dir())
+    path = next(Path(word) for word in reply.text.split() if "logs-" in word)
+    return path if path.is_dir() else path.parent
 
 
 def _whole(text: str, rank: int) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
+
+_NO_MODULE = re.compile(r"No module named '([^'.]+)")
 
 # Of exception's type and message, and what to do. Tried in this order.
 _ADVICE: tuple[tuple[str, str], ...] = (
@@ -111,3 +114,19 @@ def on_early_end(finished: str) -> str:
         "the ranks have different numbers of batches: DistributedSampler, drop_last=True, or a "
         "torch.distributed.algorithms.Join around the loop"
     )
+
+
+def on_module_missing(kind: str, message: str) -> str:
+    """Return where a module is to be on a node that does not find it; nothing for other exceptions.
+
+    Args:
+        kind: The exception's type.
+        message: Its message.
+    """
+    found = _NO_MODULE.match(message)
+    if kind != "ModuleNotFoundError" or found is None:
+        return ""
+    module = sys.modules.get(found[1])
+    file = getattr(module, "__file__", None)
+    here = f"The notebook has it from {file}. " if file else ""
+    return f"{here}Modules do not travel: install it on every node, or put it into a folder that all see under one path"

@@ -147,9 +147,15 @@ def environment(base: Mapping[str, str], options: Options, devices: Devices) -> 
     return env
 
 
-def threads_per_rank(ranks: int) -> int:
-    """Return how many threads each of `ranks` ranks computes with, unless OMP_NUM_THREADS says otherwise."""
-    return max(1, _process.usable_cores() // ranks)
+def threads_per_rank(ranks: int, cores: int | None = None) -> int:
+    """Return how many threads each of some ranks computes with, unless OMP_NUM_THREADS says otherwise.
+
+    Args:
+        ranks: How many ranks there are.
+        cores: How many cores are theirs, if not all that this process may use.
+    """
+    usable = _process.usable_cores()
+    return max(1, (usable if cores is None else min(usable, cores)) // ranks)
 
 
 def gpus_of(devices: Devices, env: Mapping[str, str]) -> list[str]:

@@ -79,6 +79,7 @@ class Here:
         job: What the engine calls the job; empty if it has no name for it.
         name: What the engine calls the node; empty for its host name.
         line_limit: Bytes of a line that arrives whole.
+        cores: How many cores are this node's, if not all that it sees.
     """
 
     number: int
@@ -87,6 +88,7 @@ class Here:
     job: str = ""
     name: str = ""
     line_limit: int = LONG_LINE
+    cores: int | None = None
 
 
 class Engine(abc.ABC):
@@ -98,11 +100,13 @@ class Engine(abc.ABC):
     Attributes:
         title: What messages call it.
         answer_seconds: How long a node may take for its first word; None if it may have to wait in a queue.
+        client_seconds: How long a client, whose nodes have all said that they have ended, has for its own end.
         job: What the engine calls the job, once a node has said so; else empty.
     """
 
     title: ClassVar[str] = ""
     answer_seconds: ClassVar[float | None] = None
+    client_seconds: ClassVar[float] = 5.0
 
     def __init__(self, placement: Placement) -> None:
         self.placement = placement
@@ -172,7 +176,8 @@ class Local(Engine):
 
     def links(self, command: Sequence[str]) -> Sequence[Link]:
         """Return one client for each node: its process itself."""
-        return [Link([*command, str(node)], [node]) for node in range(self.placement.nnodes)]
+        nodes = self.placement.nnodes
+        return [Link([*command, f"{node}/{nodes}"], [node]) for node in range(nodes)]
 
     def explain(self, link: Link, status: int | None, words: Sequence[str]) -> str:
         """Return how the process ended."""
@@ -180,8 +185,9 @@ class Local(Engine):
 
     @staticmethod
     def here(argument: str, env: Mapping[str, str]) -> Here:
-        """Return the number that stands behind the command."""
-        return Here(int(argument), "127.0.0.1")
+        """Return the number that stands behind the command; the nodes share this machine's cores."""
+        number, nodes = map(int, argument.split("/"))
+        return Here(number, "127.0.0.1", cores=_process.usable_cores() // nodes)
 
 
 def of(placement: Placement) -> Engine:

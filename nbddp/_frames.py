@@ -53,8 +53,11 @@ _HEAD = len(b"@ 999999 999999999999 .\n")
 # Characters of a line of somebody else's that are kept, to be told.
 _STRANGE = 500
 
-# No message is longer; what says so is none.
+# No message is longer, in base64 or as JSON to a node; what says so is none.
 _LONGEST = 1 << 26
+
+# Bytes of JSON that a node sends in one message at most: what the other side takes, with room.
+LONGEST_MESSAGE = 1 << 25
 
 # A file that one side asks the other to write: a name, never a path. What else lies in a run's directory, its socket
 # and its script above all, has other names.
@@ -64,6 +67,18 @@ _FILE_FROM_NODE = re.compile(r"(?:results|exception)\.[0-9]+")
 
 class FrameError(Exception):
     """What came is not what was sent; the message says how that was seen."""
+
+
+class TooLongError(FrameError):
+    """A message is too long to be sent.
+
+    Attributes:
+        size: How long it would be, in bytes.
+    """
+
+    def __init__(self, kind: str, size: int) -> None:
+        super().__init__(f"a message ({kind}) cannot have {size} bytes")
+        self.size = size
 
 
 def check_name(name: object, size: object, *, to_node: bool) -> None:
@@ -132,8 +147,11 @@ class LineWriter:
         self._piece = (limit - _HEAD) // 4 * 3
 
     def message(self, kind: str, **fields: Any) -> bytes:
-        """Return the lines of a message."""
-        return self._lines(b"J" + json.dumps({"kind": kind, **fields}, separators=(",", ":"), default=str).encode())
+        """Return the lines of a message. Raises TooLongError, having used up no number, if nobody would take them."""
+        body = json.dumps({"kind": kind, **fields}, separators=(",", ":"), default=str).encode()
+        if len(body) > LONGEST_MESSAGE:
+            raise TooLongError(kind, len(body))
+        return self._lines(b"J" + body)
 
     def output(self, rank: int, data: bytes) -> bytes:
         """Return the lines of what a rank has written."""

@@ -27,6 +27,7 @@ from nbddp import (
     _engines,
     _kept,
     _limits,
+    _optimizers,
     _plots,
 )
 from nbddp._agent import torchrun_options
@@ -250,7 +251,15 @@ def _names_to_send(
     if kept is not None and (newer := kept.newer(job.names, held)):
         listed = ", ".join(newer)
         say(f"nbddp: the ranks go on with their own {listed}; %ddp push {' '.join(newer)} sends the notebook's new")
-    return {name: value for name, value in job.names.items() if name not in held} | _plots.settings()
+    names = {name: value for name, value in job.names.items() if name not in held}
+    if kept is not None and names:
+        there = {name: job.namespace.get(name) for name in held}
+        for name, model in _optimizers.of_models(names, there):
+            say(
+                f"nbddp: {name} steps the parameters of the notebook's {model}, and the ranks have a {model} of their "
+                f"own; make {name} in a cell of theirs, or %ddp push {model} {name} sends both anew"
+            )
+    return names | _plots.settings()
 
 
 def _check_numbers(job: Job, devices: _devices.Devices, count_gpus: Callable[[], int]) -> None:

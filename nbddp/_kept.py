@@ -249,6 +249,8 @@ class Kept:
         # One that has caught the interrupt may have broken off in the middle of a collective all the same.
         if ending.stayed and ending.cause == "done" and not any(state.interrupted for state in ending.ranks.values()):
             return None
+        if ending.stayed and not any(state.in_cell for state in ending.ranks.values()):
+            return None  # it was taken back on its way to them
         if not ending.stayed and ending.cause == "done":  # they were told to leave
             self.close()
             return None

@@ -1,4 +1,4 @@
-"""The event loop of one run: functions that are called when their descriptor is readable."""
+"""The event loop of one run: functions that are called when their descriptor is readable, and at certain times."""
 
 from __future__ import annotations
 
@@ -42,3 +42,27 @@ class Loop:
     def close(self) -> None:
         """Forget all sources; none is closed."""
         self._selector.close()
+
+
+class Timers:
+    """What is to be called at certain times, by who waits no longer than until the next of them."""
+
+    def __init__(self) -> None:
+        self._timers: list[tuple[float, Callable[[], object]]] = []
+
+    def after(self, seconds: float, action: Callable[[], object]) -> None:
+        """Call `action` in so many seconds."""
+        self._timers.append((time.monotonic() + seconds, action))
+
+    def next(self) -> float:
+        """Return when the next call is due (``time.monotonic``); infinity if there is none."""
+        return min((at for at, _ in self._timers), default=float("inf"))
+
+    def call_due(self) -> None:
+        """Make the calls that are due."""
+        now = time.monotonic()
+        for timer in [timer for timer in self._timers if timer[0] <= now]:
+            # A call may itself come back here, and make one of the others.
+            if timer in self._timers:
+                self._timers.remove(timer)
+                timer[1]()

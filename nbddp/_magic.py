@@ -36,6 +36,7 @@ from nbddp import (
     _kept,
     _logs,
     _names,
+    _optimizers,
     _settings,
 )
 from nbddp._background import BackgroundRun, BackgroundScreen
@@ -475,23 +476,17 @@ def _stale_optimizers(space: Mapping[str, Any], asked: Mapping[str, Sequence[str
     A model that comes back is a new object. An optimizer that did not come with it would go on stepping the old one's
     parameters, without an error.
     """
-    torch = sys.modules.get("torch")
     results = [name for names in asked.values() for name in names]
-    if not results or torch is None or not hasattr(torch, "optim"):
+    if not results:
         return ""
-    models = {name: space.get(name) for name in results if isinstance(space.get(name), torch.nn.Module)}
-    for name, optimizer in list(space.items()):
-        if name.startswith("_") or name in results or not isinstance(optimizer, torch.optim.Optimizer):
-            continue
-        own = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for model, module in models.items():
-            if module is not None and any(id(parameter) in own for parameter in module.parameters()):
-                option, names = next((option, names) for option, names in asked.items() if model in names)
-                listed = (" " if option.startswith("%") else ",").join([*names, name])
-                return (
-                    f"nbddp: {name} still holds the parameters that {model} had before; what is to come back as one "
-                    f"goes into one {option}: {listed}"
-                )
+    others = {name: value for name, value in list(space.items()) if name not in results}
+    for name, model in _optimizers.of_models(others, {name: space.get(name) for name in results}):
+        option, names = next((option, names) for option, names in asked.items() if model in names)
+        listed = (" " if option.startswith("%") else ",").join([*names, name])
+        return (
+            f"nbddp: {name} still holds the parameters that {model} had before; what is to come back as one goes into "
+            f"one {option}: {listed}"
+        )
     return ""
 
 

@@ -222,7 +222,10 @@ def _tidied(words: Iterable[str]) -> list[str]:
     """Return the words as people mean them: without a comment, and ``a, b`` as one list."""
     tidied: list[str] = []
     for word in itertools.takewhile(lambda word: not word.startswith("#"), words):
-        if tidied and (tidied[-1].endswith(",") or (word.startswith(",") and not tidied[-1].startswith("-"))):
+        if tidied and tidied[-1] == "--slurm" and word.startswith("-"):
+            # argparse takes it for an option of its own, unless there is a space in it.
+            tidied[-1] += f"={word}"
+        elif tidied and (tidied[-1].endswith(",") or (word.startswith(",") and not tidied[-1].startswith("-"))):
             tidied[-1] += word
         else:
             tidied.append(word)

@@ -89,5 +89,6 @@ class Nodes:
 
     def called(self, node: int) -> str:
         """Return what a node is called, with its host if that is known."""
-        host = self.hosts.get(node)
+        # By the name that its user knows it by, where he has given one.
+        host = self.placement.hosts[node] if self.placement.hosts else self.hosts.get(node)
         return f"node{node} ({host})" if host else f"node{node}"

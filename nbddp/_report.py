@@ -221,6 +221,8 @@ def _story_of_exception(name: str, ending: Ending, first: RankState, run: Circum
     if (holders := run.holders.get(outcome.get("missing") or "")) is not None:
         have = "holds" if len(holders) == 1 else "hold"
         story.notes.append(f"Only {rank_list(holders)} {have} {outcome['missing']!r}; a cell has bound it there alone")
+    if ending.nodes is not None and (there := _advice.on_module_missing(outcome["exception"], outcome["message"])):
+        story.notes.append(there)
     explained = _limits.explanation_of_error(outcome["message"], "\n".join(outcome["lines"]))
     finished = [s.rank for _, s in sorted(ending.ranks.items()) if (s.outcome or {}).get("outcome") == "done"]
     if first.is_consequence and first.world > run.launch.ranks:

@@ -313,6 +313,8 @@ class Run:
                 case Step.END_STARTING:
                     if state.in_cell and not state.interrupted:
                         self.world.interrupt(state)
+                    elif state.idle and state.node is not None:
+                        self.world.unsend(state)
                     elif not state.in_cell and not state.idle:
                         # It has nothing to clean up, and inside torch, in C++, it would not hear of an interrupt.
                         self._end_rank(state, signal.SIGTERM)

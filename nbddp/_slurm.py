@@ -317,6 +317,8 @@ class Slurm(Engine):
             f"{job}.{step}",
             env.get("SLURMD_NODENAME", ""),
             LONG_LINE if alone else SHORT_LINE,
+            # Not every site binds a task to the CPUs that it has.
+            int(env["SLURM_CPUS_ON_NODE"]) if env.get("SLURM_CPUS_ON_NODE", "").isdigit() else None,
         )
 
 

@@ -36,10 +36,6 @@ _HOST_KEY = re.compile(r"Host key verification failed|REMOTE HOST IDENTIFICATION
 _NO_WAY = re.compile(
     r"Could not resolve hostname|Connection refused|No route to host|timed out|Network is unreachable", re.I
 )
-
-
-# As csh says it, with a status that is any other's.
-_NO_COMMAND_SAID = re.compile(r"Command not found|Permission denied\.$", re.M)
 _NO_PACKAGE = re.compile(r"No module named '?nbddp")
 _OLD_PYTHON = re.compile(r"unknown option:? -P", re.I)
 
@@ -50,6 +46,8 @@ class Ssh(Engine):
     title = "ssh"
     # Even from a disk on the network a bare interpreter is there by then.
     answer_seconds = 60.0
+    # It goes on for as long as anything that a shell's start-up file has left running holds its stdout open.
+    client_seconds = 0.5
 
     def links(self, command: Sequence[str]) -> Sequence[Link]:
         """Return a client for each host."""
@@ -80,7 +78,11 @@ class Ssh(Engine):
             return f"{name}: {host} cannot be reached{said(words)}. Does 'ssh {host} true' work in a terminal?"
         if _OLD_PYTHON.search(text):
             return f"{name}: {older_interpreter(self.placement.python)}"
-        if status in (_NO_COMMAND, _NOT_RUNNABLE) or (status != _SSH and _NO_COMMAND_SAID.search(text)):
+        # csh has no status of its own for it.
+        csh_says = any(
+            f"{self.placement.python}: {words}" in text for words in ("Command not found", "Permission denied")
+        )
+        if status in (_NO_COMMAND, _NOT_RUNNABLE) or (status != _SSH and csh_says):
             return f"{name}: {no_interpreter(self.placement.python)}{said(words)}"
         if _NO_PACKAGE.search(text):
             return f"{name}: {no_package(self.placement.python)}"

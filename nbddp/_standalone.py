@@ -87,10 +87,25 @@ def command(options: Options, path: str) -> str:
     if options.timeout is not None:
         words.append(f"timeout {options.timeout:g}")
     ranks = options.cpus or len(options.gpu_ids) or options.gpus or "gpu"
-    words.append(f"torchrun --standalone --nproc-per-node {ranks}")
+    if options.placed and options.nnodes > 1:
+        # Each node's torchrun meets the others' at the first; its name is the site's to know.
+        words.append(_on_nodes(options))
+        words.append(f"torchrun --nnodes {options.nnodes} --nproc-per-node {ranks} --rdzv-backend c10d")
+        first = options.hosts[0] if options.hosts else "$FIRST_NODE"
+        words.append(f"--rdzv-id {os.path.splitext(os.path.basename(path))[0]} --rdzv-endpoint {first}:29500")
+    else:
+        words.append(f"torchrun --standalone --nproc-per-node {ranks}")
     if options.max_restarts:
         words.append(f"--max-restarts {options.max_restarts}")
     return " ".join([*words, shlex.quote(os.path.basename(path))])
+
+
+def _on_nodes(options: Options) -> str:
+    """Return what runs a command once on each node."""
+    if options.hosts:
+        return "on each of " + ", ".join(options.hosts) + ":"
+    asked = f" {options.slurm}" if options.slurm else ""
+    return f"srun --nodes {options.nnodes} --ntasks-per-node 1{asked}"
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,11 @@ class World:
         else:
             _process.send_signal(state.pid, state.pidfd, signum)
 
+    def unsend(self, state: RankState) -> None:
+        """Have a rank on a node not get the cell that is still on its way to it; it then says that it is idle."""
+        with contextlib.suppress(OSError):
+            self._send("unsend", rank=state.rank)
+
     def _signal_there(self, state: RankState, signum: int, *, main: bool) -> None:
         """Have a rank's node signal it; on the one channel, so that what all are told first comes first."""
         with contextlib.suppress(OSError):  # the gateway is gone; that will be heard

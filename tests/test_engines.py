@@ -186,6 +186,20 @@ def test_displays_bars_and_values_come_through(cluster: Cluster) -> None:
     assert reply.value["text/plain"] == "0"
 
 
+def test_a_display_that_is_too_large_does_not_end_the_run(cluster: Cluster) -> None:
+    reply = cluster.ok(
+        "if rank == 3:\n    print('before')\n    display({'text/html': 'x' * 55_000_000}, raw=True)\n"
+        "    print('after')\ndisplay({'text/html': f'<b>{rank}</b>'}, raw=True)\nrank"
+    )
+    shown = [one for one in reply.displays if "a display of" in one.get("text/plain", "")]
+    assert len(shown) == 1
+    assert "a display of 55.0 MB (text/html) is not shown" in shown[0]["text/plain"]
+    assert sorted(one["text/html"] for one in reply.displays if "text/html" in one)[:4] == [
+        f"<b>{r}</b>" for r in range(4)
+    ]
+    assert [line for line in reply.lines if "rank 3" in line][:2] == ["[node1 rank 3] before", "[node1 rank 3] after"]
+
+
 def test_an_interrupt_says_where_all_ranks_were(cluster: Cluster) -> None:
     pressed = [0.0]
 
@@ -241,6 +255,14 @@ def test_a_crash_shows_its_stack(cluster: Cluster) -> None:
     assert "rank 1: in string_at" in reply.traceback
 
 
+def test_ranks_do_not_compute_with_more_threads_than_their_node_has_cores(engine: Engine, cluster: Cluster) -> None:
+    if engine.name == "ssh":
+        pytest.skip("each host has all of this machine's cores, as far as it can see")
+    cluster.ok("import torch\nthreads = torch.get_num_threads()", "--cpus 1 --gather threads")
+    # Both nodes are this machine: under Slurm each rank has asked for one core, and locally the nodes share them.
+    assert cluster.kernel.get("threads") == [1, 1]
+
+
 def test_all_ranks_are_started_again(cluster: Cluster, tmp_path: Path) -> None:
     code = (
         "import os, torch, torch.distributed as dist\n"
@@ -274,6 +296,37 @@ def test_ranks_stay(cluster: Cluster) -> None:
         assert "node" in kernel.ok("%ddp status").text
         refused = kernel.run("%%ddp --keep --cpus 2 --engine local --nnodes 3\n1")
         assert "4 ranks are kept" in refused.message
+    finally:
+        kernel.ok("%ddp stop")
+
+
+def test_what_cells_used_is_not_kept_on_nodes(cluster: Cluster) -> None:
+    kernel = cluster.kernel
+    folders = [Path("/dev/shm"), Path(kernel.get("__import__('tempfile').gettempdir()"))]
+
+    def kept() -> list[Path]:
+        pids = [process.pid for process in processes()["_node"]]
+        found = [path for folder in folders for pid in pids for path in folder.glob(f"nbddp-{pid}-*/run-*/closure.*")]
+        return [path for path in found if path.is_symlink() or path.exists()]
+
+    kernel.ok("import torch")
+    try:
+        cluster.ok("held = 0", "--cpus 2 --keep")
+        for number in range(3):
+            kernel.ok(f"big{number} = torch.full((10_000_000,), {number + 1}, dtype=torch.int32)")
+            line = f"held += int(big{number}[-1]) + int(big0[0])"
+            kernel.ok(f"%%ddp --keep --gather held\n{line}", timeout=SECONDS)
+        assert kernel.get("held") == [9] * 4
+        assert not kept()
+        kernel.ok("other = torch.full((10_000_000,), 5, dtype=torch.int32)")
+        # A failure, and not all ranks: the other node is never told.
+        failed = kernel.run("%%ddp --keep --on 0\nheld = int(other[3]) / 0", timeout=SECONDS)
+        assert failed.error == "ZeroDivisionError"
+        assert all(path.name == "closure.5" for path in kept())
+        kernel.ok("last = list(range(300_000))")
+        kernel.ok("%%ddp --keep --gather held\nheld = len(last) + int(big2[-1])", timeout=SECONDS)
+        assert kernel.get("held") == [300_003] * 4
+        assert not kept()
     finally:
         kernel.ok("%ddp stop")
 

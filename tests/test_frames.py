@@ -14,11 +14,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nbddp import _frames
-from nbddp._frames import LONG_LINE, SHORT_LINE, Decoder, Frame, FrameError, LineReader, LineWriter, check_name, encode
+from nbddp._frames import (
+    LONG_LINE,
+    LONGEST_MESSAGE,
+    SHORT_LINE,
+    Decoder,
+    Frame,
+    FrameError,
+    LineReader,
+    LineWriter,
+    TooLongError,
+    check_name,
+    encode,
+)
 from tests.kernel import Kernel
 
-settings.register_profile("frames", deadline=None, max_examples=150)
-settings.load_profile("frames")
+# On a busy machine an example may take any time.
+some, many = (settings(deadline=None, max_examples=examples) for examples in (100, 400))
 
 jsons = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -56,6 +68,7 @@ def taken(reader: LineReader | Decoder, parts: Sequence[bytes]) -> tuple[list[An
     return got, ""
 
 
+@some
 @given(
     st.lists(st.tuples(st.integers(0, 3), messages | pieces), max_size=8),
     st.sampled_from([SHORT_LINE, LONG_LINE]),
@@ -79,6 +92,7 @@ def test_lines_of_several_nodes_arrive_however_they_are_cut_and_whatever_stands_
     assert set(reader.strange) <= {one.decode(errors="replace").strip() for one in strange}
 
 
+@some
 @given(st.lists(messages | pieces, min_size=1, max_size=5), st.data())
 def test_a_line_that_is_lost_changed_or_doubled_is_found_out_or_was_nothing(sent: list, data: st.DataObject) -> None:
     """Never is a message taken for another: what comes out is a beginning of what was sent."""
@@ -100,7 +114,7 @@ def test_a_line_that_is_lost_changed_or_doubled_is_found_out_or_was_nothing(sent
     assert error or where >= last - 1
 
 
-@settings(max_examples=400)
+@many
 @given(st.lists(st.binary(max_size=200) | st.binary(max_size=40).map(lambda b: b"@0 0 ." + b + b"\n"), max_size=5))
 def test_whatever_comes_from_a_node_is_a_frame_or_an_error(parts: list[bytes]) -> None:
     got, error = taken(LineReader(), parts)
@@ -110,7 +124,7 @@ def test_whatever_comes_from_a_node_is_a_frame_or_an_error(parts: list[bytes]) -
         assert frame.kind != "J" or isinstance(frame.message["kind"], str)
 
 
-@settings(max_examples=400)
+@many
 @given(
     st.lists(
         st.binary(max_size=60)
@@ -128,6 +142,7 @@ def test_whatever_comes_to_a_node_is_a_message_or_an_error(parts: list[bytes], a
         assert len(raw) == message.get("raw", 0)
 
 
+@some
 @given(st.lists(st.tuples(names, st.binary(max_size=5000)), max_size=5), st.lists(st.integers(0, 1 << 20), max_size=8))
 def test_messages_to_a_node_arrive_however_they_are_cut(sent: list[tuple[str, bytes]], at: list[int]) -> None:
     decoder = Decoder()
@@ -153,6 +168,19 @@ def test_what_is_too_long_is_not_kept() -> None:
         body = json.dumps({"kind": "piece", "raw": raw}).encode()
         with pytest.raises(FrameError, match="behind it"):
             list(Decoder().feed(struct.pack("!I", len(body)) + body))
+
+
+@pytest.mark.parametrize("limit", [SHORT_LINE, LONG_LINE])
+def test_what_a_node_may_send_the_other_side_takes(limit: int) -> None:
+    writer, reader = LineWriter(3, limit), LineReader()
+    empty = len(json.dumps({"kind": "x", "text": ""}, separators=(",", ":")))
+    text = "x" * (LONGEST_MESSAGE - empty)
+    with pytest.raises(TooLongError, match="cannot have 33554433 bytes") as caught:
+        writer.message("x", text=text + "x")
+    assert caught.value.size == LONGEST_MESSAGE + 1
+    ((node, frame),) = reader.feed(writer.message("x", text=text))
+    assert node == 3
+    assert frame.message["text"] == text
 
 
 @pytest.mark.parametrize(

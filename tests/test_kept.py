@@ -784,3 +784,12 @@ def test_what_came_from_the_ranks_is_not_newer_than_theirs(ranks: Kernel) -> Non
     assert "push" not in ranks.ok("%%ddp --keep\nnet").text
     ranks.ok("net = torch.nn.Linear(1, 1)")
     assert "%ddp push net" in ranks.ok("%%ddp --keep\nnet").text
+
+
+def test_an_optimizer_of_the_notebooks_model_is_not_that_of_the_ranks(ranks: Kernel) -> None:
+    ranks.ok("import torch\nmodel = torch.nn.Linear(2, 1)\nopt = torch.optim.SGD(model.parameters(), lr=0.1)")
+    ranks.ok("%%ddp --keep --cpus 1\nmodel.train()")
+    assert "nbddp: opt steps the parameters of the notebook's model" in ranks.ok("%%ddp --keep\nopt.step()").text
+    ranks.ok("%ddp push model opt")
+    reply = ranks.ok("%%ddp --keep\nprint(opt.param_groups[0]['params'][0] is model.weight)")
+    assert reply.text == "True\n"

@@ -136,8 +136,8 @@ def test_under_slurm(
             check_what_a_cut_does(kernel, namespaces, request, ("a0", "a1"))
         finally:
             namespaces.mend("b")
-        assert "node1 (b)" in request.reply.message, request.reply.message
-        slurm.restore()
+        assert request.reply.message.startswith("node1 (a1)"), request.reply.message
+        assert not slurm.restore()
         shown = kernel.ok(f"{line}\n{HERE}", timeout=SECONDS)
         assert shown.lines == ["[node0 rank 0] a 2.0", "[node1 rank 1] b 2.0"]
         kernel.close()

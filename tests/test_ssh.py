@@ -187,7 +187,9 @@ def test_shells_that_greet_and_folders_with_odd_names(kernel: Kernel, sshd: Sshd
     temp, home = (tmp_path / f"{name} {ODD}" for name in ("tmp", "home"))
     for folder in (temp, home):
         folder.mkdir()
-    (home / ".bashrc").write_text("printf 'Welcome to the cluster'\necho 'and mind the gap' >&2\n")
+    # What it leaves running goes on printing, and holds the connection open.
+    left = "while sleep 0.2; do echo 'and again'; done &\necho $! > \"$HOME/left\"\n"
+    (home / ".bashrc").write_text(f"{left}printf 'Welcome to the cluster'\necho 'and mind the gap' >&2\n")
     (home / ".cshrc").write_text("echo 'Welcome to csh'\n")
     hidden = tmp_path / "hidden"
     (hidden / "here").mkdir(parents=True)
@@ -213,6 +215,7 @@ def test_shells_that_greet_and_folders_with_odd_names(kernel: Kernel, sshd: Sshd
             reply = kernel.ok(f"%%ddp --hosts a,b --cpus 1 --gather made\n{code}", timeout=SECONDS)
     finally:
         kernel.ok("os.chdir(os.environ['TMPDIR'])")
+        os.kill(int((home / "left").read_text()), signal.SIGKILL)
     assert [line for line in reply.lines if line.startswith("[")] == [
         f"[node0 rank 0] {hidden}/here True True True",
         f"[node1 rank 1] {home} True True True",
