@@ -119,16 +119,16 @@ def versions() -> dict[str, str]:
     """Return this side's versions of what both must have alike."""
     return {
         "python": platform.python_version(),
-        "torch": _version("torch"),
+        "torch": _torch_version(),
         "nbddp": __version__,
         "executable": sys.executable,
     }
 
 
-def _version(package: str) -> str:
+def _torch_version() -> str:
     try:
-        # Without importing it, which for torch takes more than a second.
-        return importlib.metadata.version(package)
+        # Without importing it, which takes more than a second.
+        return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         return ""
 

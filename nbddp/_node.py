@@ -237,7 +237,18 @@ class Node:
         run_dir = self._agent.prepare(setup)
         first = self._here.number * int(setup["ranks"])
         files = SentFiles(run_dir, range(first, first + int(setup["ranks"])))
-        ranks = Ranks(run_dir, setup, first, self._loop, self._timers, self._out, files, self._agent.greet)
+        agent = self._agent
+        ranks = Ranks(
+            run_dir,
+            setup,
+            first,
+            self._loop,
+            self._timers,
+            self._out,
+            files,
+            greet_agent=agent.greet,
+            have_begun=agent.ranks_have_begun,
+        )
         self._launched = _Run(files, ranks)
 
     @property

@@ -27,6 +27,12 @@ from nbddp._paths import RunDir
 _REACH_SECONDS = 10.0
 _REACH_LOOK_SECONDS = 0.02
 
+# Seconds between the end of the store and that of the run.
+_STORE_SECONDS = 0.2
+
+# After these the launcher closes a channel.
+_LAST_WORDS = ("gpus", "ended")
+
 # Characters and lines of the agent's log that are told.
 _LOG_CHARACTERS, _LOG_LINES = 4000, 30
 
@@ -56,8 +62,10 @@ class Agent:
         # How often all nodes' ranks are to have been started again, and the agent was.
         self._attempt = self._started = 0
         self._env: dict[str, str] = {}
-        self._channels: list[_wire.Inbox] = []
         self._run_channel: _wire.Inbox | None = None
+        # The channels behind which torch's store is: where agents meet, and where they have met before.
+        self._store: _wire.Inbox | None = None
+        self._former_stores: list[_wire.Inbox] = []
 
     def prepare(self, setup: Message) -> RunDir:
         """Have the launcher import torch, while the files are on their way; return the run's directory.
@@ -93,7 +101,6 @@ class Agent:
         channel = self._client.open_channel(self._env)
         _wire.send(channel.sock, kind, fds=fds, **fields)
         channel.sock.setblocking(False)
-        self._channels.append(channel)
         self._loop.watch(channel.sock, functools.partial(self._hear_launcher, channel, answer))
         return channel
 
@@ -101,13 +108,17 @@ class Agent:
         for message in channel.receive():
             if message["kind"] == "refused":
                 raise OSError(message["reason"])
+            if message["kind"] in _LAST_WORDS:
+                self._let_go(channel)
             answer(message)
-        if channel.closed:
-            self._loop.unwatch(channel.sock)
-            self._channels.remove(channel)
-            if channel is self._run_channel:
-                raise OSError(f"its launcher ended{_engines.said(self._client.last_words().splitlines()[-3:])}")
-            channel.close()
+        if channel.closed and channel.sock.fileno() >= 0:  # without a last word
+            self._let_go(channel)
+            raise OSError(f"its launcher ended{_engines.said(self._client.last_words().splitlines()[-3:])}")
+
+    def _let_go(self, channel: _wire.Inbox) -> None:
+        """Listen no more; whose channel it was ends what it has been asked to do."""
+        self._loop.unwatch(channel.sock)
+        channel.close()
 
     def count_gpus(self) -> None:
         """Tell how many GPUs there are, once the launcher knows."""
@@ -125,8 +136,25 @@ class Agent:
             raise OSError(f"cannot listen on {address}, by which the engine reaches it: {error.strerror}") from error
         with holder:
             port = holder.getsockname()[1]
-            self._ask("serve store", lambda _: None, fds=(holder.fileno(),))
+            if self._store is not None:
+                self._former_stores.append(self._store)
+            self._store = self._ask("serve store", self._hear_store, fds=(holder.fileno(),))
         self._out.send("meet", endpoint=f"[{address}]:{port}" if ":" in address else f"{address}:{port}")
+
+    def _hear_store(self, message: Message) -> None:
+        if message["kind"] == "ended":
+            # Who ends all processes of a job ends this one, too; that is told by the signal that this process gets.
+            self._timers.after(_STORE_SECONDS, functools.partial(self._lose_store, message["status"]))
+
+    def _lose_store(self, status: int) -> None:
+        how = _engines.how_it_ended(status)
+        raise OSError(f"the process that serves torch's store, in which the ranks of all nodes meet, {how}")
+
+    def ranks_have_begun(self, attempt: int) -> None:
+        """Take note that ranks run: all agents have met, and where they met before is of no use any more."""
+        if attempt == self._started:
+            while self._former_stores:
+                self._let_go(self._former_stores.pop())
 
     def reach(self, endpoint: str) -> None:
         """See whether the store can be reached from here; torch would try that for a quarter of an hour."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import functools
 import os
 import selectors
+import sys
+import termios
 import time
 from collections.abc import Callable, Sequence
 
@@ -75,6 +78,7 @@ class Ranks:
         out: The way to the notebook.
         files: What the notebook has sent.
         greet_agent: Called with the connection of an agent, and what it has said.
+        have_begun: Called when a rank has connected, with the number of the attempt.
 
     Attributes:
         meter: Reads their memory.
@@ -90,6 +94,7 @@ class Ranks:
         out: Outflow,
         files: SentFiles,
         greet_agent: Callable[[_wire.Inbox, Sequence[Message]], None],
+        have_begun: Callable[[int], None],
     ) -> None:
         self._run_dir = run_dir
         # What paths in stacks are called on the notebook's machine.
@@ -102,6 +107,7 @@ class Ranks:
         self._out = out
         self._files = files
         self._greet_agent = greet_agent
+        self._have_begun = have_begun
         self.meter = Meter()
         self._ranks: dict[int, _Rank] = {}
         self._outputs = selectors.DefaultSelector()
@@ -147,10 +153,11 @@ class Ranks:
         self._ranks[rank.number] = rank
         self._memory_at = min(self._memory_at, time.monotonic() + _MEMORY_SOON)
         self._out.send("rank", **{key: value for key, value in messages[0].items() if key != "kind"})
-        self._loop.watch(rank.inbox.sock, functools.partial(self._hear, rank))
+        self._loop.watch(rank.inbox.sock, functools.partial(self._hear_if_room, rank))
         self._outputs.register(rank.output, selectors.EVENT_READ, rank)
         if rank.pidfd is not None:
             self._loop.watch(rank.pidfd, functools.partial(self._see_death, rank))
+        self._have_begun(messages[0]["attempt"])
         self._pass_on(rank, messages[1:])
 
     def _forget(self, rank: _Rank) -> None:
@@ -165,6 +172,19 @@ class Ranks:
         return None if rank is None or rank.dead else rank
 
     # What they say.
+
+    def _hear_if_room(self, rank: _Rank) -> None:
+        """Hear a rank; while there is no room for what it says, it waits, as who prints does."""
+        if not self._out.full:
+            self._hear(rank)
+            return
+        self._loop.unwatch(rank.inbox.sock)
+
+        def again() -> None:
+            if self._alive(rank.number) is rank and not rank.inbox.closed:
+                self._loop.watch(rank.inbox.sock, functools.partial(self._hear_if_room, rank))
+
+        self._timers.after(_FULL_SECONDS, again)
 
     def _hear(self, rank: _Rank) -> None:
         self._pass_on(rank, rank.inbox.receive())
@@ -244,9 +264,11 @@ class Ranks:
         return len(data)
 
     def _drain(self, rank: _Rank) -> None:
+        """Send what is in a rank's pipe at this moment; what its children print may never come to an end."""
         with contextlib.suppress(OSError):
-            while not rank.dead and self._read_output(rank):
-                pass
+            left = _readable(rank.output)
+            while left > 0 and not rank.dead and (taken := self._read_output(rank)):
+                left -= taken
 
     # What they are told and asked.
 
@@ -309,6 +331,11 @@ class Ranks:
             self._out.send("memory", ranks=memory)
 
 
+def _readable(fd: int) -> int:
+    """Return how many bytes a pipe holds."""
+    return int.from_bytes(fcntl.ioctl(fd, termios.FIONREAD, bytes(4)), sys.byteorder)
+
+
 def _shortened(message: Message, size: int) -> Message:
     """Return what can be sent in place of a message that is too long, so that it does not end the run."""
     short = dict(message)
@@ -316,7 +343,7 @@ def _shortened(message: Message, size: int) -> Message:
         # In its place, which a mark in the output tells by its number; and what updates it finds it.
         kinds = ", ".join(message["data"])[:_LONGEST_KINDS]
         text = (
-            f"nbddp: a display of {format_size(size)} ({kinds}) is not shown: from other machines come at most "
+            f"a display of {format_size(size)} ({kinds}) is not shown: from other machines come at most "
             f"{format_size(LONGEST_MESSAGE)}. Save it to a file there, or show less"
         )
         short["data"] = {"text/plain": text}

@@ -109,31 +109,47 @@ class Outflow:
         self._writer.put(self._lines.output(rank, data))
 
     def send_file(self, path: str) -> str | None:
-        """Send a file that a rank has written, and delete it here; return the name by which the other side has it."""
+        """Send a file that a rank has written, and delete it here.
+
+        Returns:
+            The name by which the other side has it; None if it could not be read, or the run has ended.
+        """
         name = os.path.basename(path)
         try:
-            with open(path, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                self._file_numbers += 1
-                self.send("file", file=self._file_numbers, name=name, size=size)
-                while data := file.read(CHUNK):
-                    self._wait_for_room()
-                    self._writer.put(self._lines.piece(self._file_numbers, data))
+            file = open(path, "rb")  # noqa: SIM115  # what is done meanwhile has errors of its own
+            size = os.fstat(file.fileno()).st_size
         except OSError as error:
-            self.send("note", text=f"cannot send {path}: {error.strerror or error}")
+            self._cannot_send(path, error)
             return None
+        self._file_numbers += 1
+        number = self._file_numbers
+        self.send("file", file=number, name=name, size=size)
+        with file:
+            while True:
+                try:
+                    data = file.read(CHUNK)
+                except OSError as error:
+                    self._cannot_send(path, error)
+                    return None
+                if not data:
+                    break
+                if not self._wait_for_room():
+                    return None
+                self._writer.put(self._lines.piece(number, data))
         with contextlib.suppress(OSError):
             os.unlink(path)
         return name
 
-    def _wait_for_room(self) -> None:
-        """Wait until some of what is on its way has been taken; the lease and what is urgent go on meanwhile."""
-        go_on = True
-        while go_on and self.full and not self.broken:
+    def _cannot_send(self, path: str, error: OSError) -> None:
+        self.send("note", text=f"cannot send {path}: {error.strerror}")
+
+    def _wait_for_room(self) -> bool:
+        """Wait until some of what is on its way has been taken; return False if the run has ended meanwhile."""
+        while self.full and not self.broken:
             time.sleep(_ROOM_SECONDS)
-            go_on = self._meanwhile()
-        if not go_on:
-            raise OSError("the notebook has ended the run")
+            if not self._meanwhile():
+                return False
+        return True
 
     def close(self, seconds: float) -> None:
         """Wait until all is written, but not for longer than this."""
