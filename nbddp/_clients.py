@@ -249,7 +249,9 @@ class Clients:
         # A node that is killed in the middle of a line does that; then the engine has more to say.
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(client.process.wait(), _TORN_SECONDS)
-        if client.process.returncode is None:
+        if (reason := self._engine.reason(list(client.words))) is not None:
+            self._lose(reason)
+        elif client.process.returncode is None:
             nodes = " and ".join(self.called(self._nodes[number]) for number in client.link.nodes)
             self._lose(
                 f"what came from {nodes} through {self._engine.title} is not what was sent: {error}. Does something "
