@@ -249,7 +249,9 @@ class Clients:
         # A node that is killed in the middle of a line does that; then the engine has more to say.
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(client.process.wait(), _TORN_SECONDS)
-        if client.process.returncode is None:
+        if (reason := self._engine.reason(list(client.words))) is not None:
+            self._lose(reason)
+        elif client.process.returncode is None:
             nodes = " and ".join(self.called(self._nodes[number]) for number in client.link.nodes)
             self._lose(
                 f"what came from {nodes} through {self._engine.title} is not what was sent: {error}. Does something "
@@ -348,9 +350,17 @@ class Clients:
                     client.stdin.close()
         if not self._clients:
             return
+        # A client may have a process that sees to its end, and goes on for ever where it cannot, or is stopped.
+        helpers = {pid for client in self._clients for pid in _process.children_of(client.process.pid)}
+        pidfds = [pidfd for pid in helpers if (pidfd := _process.open_pidfd(pid)) is not None]
         polite = all(node.ended for node in self._nodes.values())
         if not (polite and await self._wait(self._engine.client_seconds)):
             await self._cancel(note)
+        for pidfd in pidfds:
+            if not await asyncio.to_thread(_ends, pidfd, _HELPER_SECONDS):
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+            os.close(pidfd)
 
     async def _cancel(self, note: Callable[[str], None]) -> None:
         for argv in self._engine.cancel():
@@ -360,21 +370,13 @@ class Clients:
         clearing = any(node.hello and node.may_speak for node in self._nodes.values())
         if await self._wait(_CLEAR_SECONDS if clearing else 0.0):
             return
-        # A client may have a process that sees to its end, and goes on for ever where it cannot.
-        helpers = {pid for client in self._clients for pid in _process.children_of(client.process.pid)}
-        pidfds = [pidfd for pid in helpers if (pidfd := _process.open_pidfd(pid)) is not None]
         for signum, seconds in ((signal.SIGTERM, _CANCEL_SECONDS), (signal.SIGKILL, 1.0)):
             for client in self._clients:
                 if client.process.returncode is None:
                     with contextlib.suppress(ProcessLookupError):
                         client.process.send_signal(signum)
             if await self._wait(seconds):
-                break
-        for pidfd in pidfds:
-            if not await asyncio.to_thread(_ends, pidfd, _HELPER_SECONDS):
-                with contextlib.suppress(ProcessLookupError):
-                    signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            os.close(pidfd)
+                return
 
     async def _wait(self, seconds: float) -> bool:
         """Wait for the ends of all clients; tell whether all have ended."""

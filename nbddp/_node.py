@@ -267,7 +267,7 @@ def main(arguments: list[str], env: Mapping[str, str] = os.environ) -> int:
         os.dup2(null.fileno(), 0)
     os.dup2(2, 1)
     # The ranks are told by the notebook; the hangup of a terminal is not the end of a lease.
-    for signum in (signal.SIGINT, signal.SIGHUP):
+    for signum in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(signum, signal.SIG_IGN)
     here = engine.here(arguments[1] if len(arguments) > 1 else "", env)
     node = Node(here, stdin, stdout)

@@ -17,7 +17,7 @@ from nbddp._frames import LONGEST_MESSAGE, Message, TooLongError
 from nbddp._loop import Loop, Timers
 from nbddp._memory import Meter
 from nbddp._node_files import SentFiles
-from nbddp._outflow import Outflow
+from nbddp._outflow import Outflow, RunOverError
 from nbddp._paths import RunDir, format_size
 from nbddp._uplink import STACK_SIGNAL
 
@@ -206,7 +206,10 @@ class Ranks:
                     rank.closure = None
             for key in ("results", "pickled"):
                 if message.get(key):
-                    message[key] = self._out.send_file(message[key])
+                    try:
+                        message[key] = self._out.send_file(message[key])
+                    except RunOverError:
+                        return  # a report without it would be taken for the rank's own
                     if message[key] is None and key == "results":
                         del message[key]
                         message["bad_results"][""] = "what was to come back could not be read on its node"

@@ -20,6 +20,10 @@ _BACKLOG = 4 << 20
 _ROOM_SECONDS = 0.005
 
 
+class RunOverError(Exception):
+    """Nothing more is to be sent: what ended the run is the cause of all that is missing."""
+
+
 class _Writer:
     """Writes to stdout from a thread of its own: whoever reads it may have stopped, and the lease must run on."""
 
@@ -112,7 +116,10 @@ class Outflow:
         """Send a file that a rank has written, and delete it here.
 
         Returns:
-            The name by which the other side has it; None if it could not be read, or the run has ended.
+            The name by which the other side has it; None if it could not be read.
+
+        Raises:
+            RunOverError: The run has ended meanwhile.
         """
         name = os.path.basename(path)
         try:
@@ -134,7 +141,7 @@ class Outflow:
                 if not data:
                     break
                 if not self._wait_for_room():
-                    return None
+                    raise RunOverError
                 self._writer.put(self._lines.piece(number, data))
         with contextlib.suppress(OSError):
             os.unlink(path)

@@ -330,12 +330,24 @@ def remove_session(root: str) -> None:
     folders = [root, os.path.join(_SHM, os.path.basename(root))]
     for _ in range(_REMOVE_TIMES):
         for folder in folders:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         folders = list(filter(os.path.exists, folders))
         if not folders:
             return
         # A process that is just ending has put something there meanwhile.
         time.sleep(_REMOVE_SECONDS)
+
+
+def _remove(folder: str) -> None:
+    """Delete a session's folder, its lock last: whoever is killed in between leaves what the next sweep takes."""
+    with contextlib.suppress(OSError):
+        for entry in list(os.scandir(folder)):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.path, ignore_errors=True)
+            elif entry.name != _LOCK:
+                with contextlib.suppress(OSError):
+                    os.unlink(entry.path)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def sweep() -> list[str]:
@@ -349,7 +361,7 @@ def sweep() -> list[str]:
         with contextlib.suppress(OSError):
             for entry in list(os.scandir(base)):
                 if _is_session(entry) and _abandoned(entry.path):
-                    shutil.rmtree(entry.path, ignore_errors=True)
+                    _remove(entry.path)
                     dead.add(entry.name)
     return sorted(dead)
 

@@ -224,10 +224,11 @@ class Slurm(Engine):
     def links(self, command: Sequence[str]) -> Sequence[Link]:
         """Return the one client for all nodes: it copies its stdin to each, and prints what they print."""
         whose = "step" if self._allocation is not None else "job"
-        # If the gateway is killed: SIGINT takes srun's job out of the queue, and does nothing to one that runs, whose
-        # nodes see the end of their stdin, and clear up. SIGTERM, or SIGPIPE, would have them killed before that.
+        # If the gateway is killed: SIGUSR1 takes srun's job out of the queue. One that runs is passed it on, and its
+        # nodes see the end of their stdin, and clear up. SIGTERM or SIGPIPE would have them killed before that; SIGINT,
+        # too, since it comes once for each thread that the gateway had.
         srun = ["srun", *self._asked(), *command, whose]
-        return [Link(srun, range(self.placement.nnodes), self._env(), orphaned=signal.SIGINT, pumped=True)]
+        return [Link(srun, range(self.placement.nnodes), self._env(), orphaned=signal.SIGUSR1, pumped=True)]
 
     def hear(self, words: str) -> str | None:
         """Tell what srun says of the queue."""
@@ -275,7 +276,8 @@ class Slurm(Engine):
         return None
 
     def _how_tasks_ended(self, tasks: Sequence[re.Match[str]], text: str, words: Sequence[str]) -> str:
-        names = " and ".join(dict.fromkeys(task[1] for task in tasks))
+        # With srun's words for several tasks in one line, the nodes' names are in brackets.
+        names = " and ".join(dict.fromkeys(f"node{t[2]} ({t[1]})" if "[" not in t[1] else t[1] for t in tasks))
         if found := _EXECVE.search(text):
             if "No such file" in found[2]:
                 return f"{names}: {no_interpreter(self.placement.python)}"
