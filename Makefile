@@ -83,6 +83,7 @@ bench: .venv/test
 	.venv/bin/python benchmarks/data.py
 	.venv/bin/python benchmarks/output.py
 	.venv/bin/python benchmarks/stop.py
+	.venv/bin/python benchmarks/nodes.py
 	.venv/bin/python benchmarks/peers.py
 
 .venv/bin/python:
