@@ -100,12 +100,14 @@ class Engine(abc.ABC):
     Attributes:
         title: What messages call it.
         answer_seconds: How long a node may take for its first word; None if it may have to wait in a queue.
+        piecemeal: Whether it ends what is on a node one by one, so that ranks may be seen to die before it says why.
         client_seconds: How long a client, whose nodes have all said that they have ended, has for its own end.
         job: What the engine calls the job, once a node has said so; else empty.
     """
 
     title: ClassVar[str] = ""
     answer_seconds: ClassVar[float | None] = None
+    piecemeal: ClassVar[bool] = False
     client_seconds: ClassVar[float] = 5.0
 
     def __init__(self, placement: Placement) -> None:

@@ -233,7 +233,7 @@ class Gateway:
 
     def _may_be_the_engines_doing(self, message: Message) -> bool:
         """Tell whether something has ended in a way in which an engine ends all that is on a node, one by one."""
-        if self._ending or self._told_lost:
+        if not self._engine.piecemeal or self._ending or self._told_lost:
             return False
         match message["kind"]:
             case "died":

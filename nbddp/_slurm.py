@@ -85,6 +85,7 @@ class Slurm(Engine):
     """Nodes of a cluster."""
 
     title = "Slurm"
+    piecemeal = True
 
     def __init__(self, placement: Placement) -> None:
         super().__init__(placement)

@@ -295,7 +295,8 @@ def test_ranks_stay(cluster: Cluster) -> None:
         assert failed.error == "ValueError"
         assert "the 4 ranks stay" in failed.text
         kernel.ok(
-            "%%ddp --keep --out total\nimport torch\nt = torch.tensor([held])\ndist.all_reduce(t)\ntotal = int(t)"
+            "%%ddp --keep --out total\nimport torch, torch.distributed as dist\n"
+            "t = torch.tensor([held])\ndist.all_reduce(t)\ntotal = int(t)"
         )
         assert kernel.get("total") == 6
         assert "node" in kernel.ok("%ddp status").text

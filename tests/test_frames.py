@@ -210,7 +210,7 @@ HOSTILE = """#!{python}
 import os, sys
 sys.path.insert(0, {package!r})
 from nbddp._frames import LineWriter, versions, PROTOCOL
-number = int(sys.argv[-1])
+number = int(sys.argv[-1].partition('/')[0])
 lines = LineWriter(number, 60000)
 def say(kind, **fields):
     os.write(1, lines.message(kind, **fields))

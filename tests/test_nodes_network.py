@@ -187,7 +187,7 @@ def test_which_failed_first_does_not_depend_on_the_nodes_clocks(
         pytest.skip("NOT TESTED: nodes whose clocks differ; shifting one takes root and a time namespace")
     python = script(
         tmp_path / "python",
-        f'for last; do :; done\n[ "$last" = {first} ] && exec {" ".join(shifted)} {sys.executable} "$@"\n'
+        f'for last; do :; done\n[ "$last" = {first}/2 ] && exec {" ".join(shifted)} {sys.executable} "$@"\n'
         f'exec {sys.executable} "$@"',
     )
     kernel = new_kernel()
