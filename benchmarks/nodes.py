@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from output import simulate
 from side_by_side import Table, ratio_row, write
 
 from tests import rounds
-from tests.cluster import Slurm, Sshd
+from tests.cluster import Slurm, Sshd, free_ports
 from tests.kernel import Kernel, Reply
 
 LINES = 100_000
@@ -65,16 +66,17 @@ class Srun:
         self._env = {key: value for key, value in {**os.environ, **slurm.env}.items() if value is not None}
         self._env |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCHELASTIC_LOG_LEVEL": "ERROR"}
         self._folder = folder
-        self._port = 29500
 
     def torchrun(self, body: str) -> subprocess.Popen[str]:
         """Start two nodes of two ranks, as torchrun's documentation has it for Slurm."""
         script = self._folder / "bare.py"
         script.write_text(BARE.format(body=body))
-        self._port += 1
         agent = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d"]
-        agent += [f"--rdzv-endpoint=127.0.0.1:{self._port}", "--rdzv-id=bench", f"--log-dir={self._folder}/logs"]
-        return self.start(2, sys.executable, "-u", *agent, str(script))
+        agent += [f"--rdzv-endpoint=127.0.0.1:{free_ports(1)[0]}", "--rdzv-id=bench", f"--log-dir={self._folder}/logs"]
+        # Both nodes are this machine; each would take itself for the one that the endpoint means, and wait for ever.
+        words = shlex.join([sys.executable, "-u", *agent])
+        words += " --rdzv-conf=is_host=$((SLURM_PROCID == 0)) " + shlex.quote(str(script))
+        return self.start(2, "sh", "-c", f"exec {words}")
 
     def start(self, nodes: int, *command: str, cpus: int = 2) -> subprocess.Popen[str]:
         """Start a command, once on each node."""
