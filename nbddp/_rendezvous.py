@@ -24,8 +24,6 @@ from datetime import timedelta
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from nbddp import _process
-
 if TYPE_CHECKING:
     from torch.distributed.elastic.rendezvous import RendezvousHandler, RendezvousParameters
 
@@ -62,6 +60,8 @@ def hold_port() -> socket.socket:
 
 def serve_until_killed(fd: int, parent: int) -> NoReturn:
     """Serve a store on a listening socket, in a process that was just forked for that. Does not return."""
+    from nbddp import _process
+
     try:
         os.setsid()
         _process.die_with_parent(parent)

@@ -295,14 +295,14 @@ def test_an_interrupt_ends_a_look_up(silent: Kernel) -> None:
 
 def test_a_launcher_that_does_not_answer(new_kernel: Callable[..., Kernel]) -> None:
     kernel = new_kernel()
-    kernel.ok("import nbddp._probe\nnbddp._probe.LAUNCHER_SECONDS = 1.0")
+    kernel.ok("import nbddp._probe\nnbddp._probe.LAUNCHER_SECONDS = 0.1")
     launcher = next(p for p in psutil.Process(kernel.pid).children() if "nbddp._launcher" in " ".join(p.cmdline()))
     launcher.send_signal(signal.SIGSTOP)
     try:
         text = doctor(kernel)
     finally:
         launcher.send_signal(signal.SIGCONT)
-    assert finding(text, "launcher").startswith("bad launcher has not imported torch in 1 s; a run would wait for it")
+    assert finding(text, "launcher").startswith("bad launcher has not imported torch in 0.1 s; a run would wait for it")
     assert "all-reduce" not in text
 
 

@@ -90,7 +90,7 @@ def test_the_rendezvous_module_is_light() -> None:
     own = "[m for m in sys.modules if m.startswith('nbddp')]"
     code = f"import sys, nbddp._rendezvous; print('torch' in sys.modules, len({own}))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout == "False 3\n"
+    assert run.stdout == "False 4\n"
 
 
 def test_what_the_script_imports_is_light() -> None:
