@@ -97,8 +97,9 @@ def until(process: subprocess.Popen[str], words: str, count: int) -> None:
     assert process.stdout is not None
     seen = 0
     for line in process.stdout:
-        seen += words in line
-        if seen == count:
+        # Unbuffered, two ranks may get their words into one line.
+        seen += line.count(words)
+        if seen >= count:
             return
     raise RuntimeError(f"{words!r} did not come {count} times")
 
