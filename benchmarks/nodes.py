@@ -250,7 +250,7 @@ def _killed(kernel: Kernel, options: str, engine_is_clear: Callable[[], bool]) -
 def data(folder: Path, repeat: int) -> list[Table]:
     """A gigabyte to two nodes, and back."""
     table = Table(
-        "1 GiB of captured tensors to two nodes of two ranks each, which stay",
+        "1 GiB of captured tensors to two nodes of one rank each, which stay",
         ("over", "to the nodes", "back from rank 0", "the engine alone", "ratio"),
     )
     with on_slurm(folder, 2) as (slurm, kernel):
@@ -269,7 +269,7 @@ def data(folder: Path, repeat: int) -> list[Table]:
 
 def _data_row(name: str, kernel: Kernel, options: str, alone: Callable[[], float], repeat: int) -> tuple[str, ...]:
     there, back, bare = [], [], []
-    kernel.ok(f"%%ddp {options} --cpus 2 --keep\npass", timeout=SECONDS)
+    kernel.ok(f"%%ddp {options} --cpus 1 --keep\npass", timeout=SECONDS)
     for _ in range(repeat):
         kernel.ok("big = torch.rand(1 << 28)")
         began = time.perf_counter()
