@@ -1,4 +1,4 @@
-"""Ranks on nodes: ``python benchmarks/nodes.py [first] [flood] [stop] [data] [kept] [many]``.
+"""Ranks on nodes: ``python benchmarks/nodes.py [first] [flood] [stop] [data] [kept] [many] [rounds]``.
 
 On a real Slurm of two nodes (four for the flood) and over a real sshd, both of this machine, beside what the same costs
 by ``srun`` alone. Needs what the tests need, and what ``make cluster`` installs. ``--write FILE`` leaves the tables as
@@ -8,6 +8,7 @@ Markdown.
 from __future__ import annotations
 
 import argparse
+import collections
 import contextlib
 import os
 import re
@@ -23,7 +24,7 @@ from pathlib import Path
 from output import simulate
 from side_by_side import Table, ratio_row, write
 
-from tests import rounds
+from tests import node_rounds, rounds
 from tests.cluster import Slurm, Sshd, free_ports
 from tests.kernel import Kernel, Reply
 
@@ -350,6 +351,26 @@ def many(seconds: float) -> list[Table]:
     return [table]
 
 
+def play(folder: Path, seed: int, numbers: range) -> list[Table]:
+    """Rounds in which a random process, from the kernel to a rank, gets a random signal at a random moment."""
+    slurm = Slurm(Path(tempfile.mkdtemp(dir=folder)), nodes=2)
+    series = node_rounds.Series(folder, slurm)
+    counts: collections.Counter[tuple[str, bool]] = collections.Counter()
+    print(f"seed {seed}", flush=True)
+    try:
+        for number in numbers:
+            result = series.play(node_rounds.Plan.draw(seed, number))
+            print(result, flush=True)
+            counts[result.plan.stage, bool(result.problems)] += 1
+    finally:
+        series.close()
+        slurm.close()
+    table = Table(f"Rounds on Slurm, seed {seed}", ("stage", "rounds", "failed", "goal"))
+    for stage in sorted({stage for stage, _ in counts}):
+        table.rows.append((stage, str(counts[stage, False] + counts[stage, True]), str(counts[stage, True]), "0"))
+    return [table]
+
+
 def main() -> None:
     """Run the benchmarks that the command line names."""
     parts: dict[str, Callable[[Path, int], list[Table]]] = {
@@ -361,8 +382,11 @@ def main() -> None:
         "many": lambda _, __: many(8.0),
     }
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("which", nargs="*", choices=[*parts, []], default=[])
+    parser.add_argument("which", nargs="*", choices=[*parts, "rounds", []], default=[])
     parser.add_argument("--repeat", type=int, default=5, help="how many turns a figure is made of")
+    parser.add_argument("--rounds", type=int, default=60, help="how many rounds")
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="what the rounds are drawn from")
+    parser.add_argument("--only", type=int, metavar="K", help="play round K alone")
     parser.add_argument("--write", metavar="FILE", help="leave the tables in a file, too")
     given = parser.parse_args()
     tables: list[Table] = []
@@ -370,7 +394,8 @@ def main() -> None:
         folder = Path(name)
         os.environ |= rounds.private(folder)
         for which in given.which or parts:
-            made = parts[which](folder, given.repeat)
+            numbers = range(given.rounds) if given.only is None else range(given.only, given.only + 1)
+            made = play(folder, given.seed, numbers) if which == "rounds" else parts[which](folder, given.repeat)
             for table in made:
                 print(table, flush=True)
             tables += made
