@@ -18,6 +18,7 @@ from typing import Any
 
 from nbddp import _torch_objects
 from nbddp._errors import CaptureError
+from nbddp._names import globals_of
 from nbddp._paths import format_size
 from nbddp._pickling import Pickler, goes_by_name
 from nbddp._reducers import CannotSend
@@ -99,19 +100,35 @@ def explain(
     if not names:
         return ["the cell uses nothing of the notebook"]
     snapshot = snapshot or capture(names, namespace, lines)
-    captured = describe(names, namespace)
-    # Less than the sum, if some share memory.
+    # Less than the sum, if some share memory, or are brought by others.
     text = [f"sent to each rank, {format_size(snapshot.nbytes)} in all:"]
     rows = [("name", "type", "size", "used on line")] if lines else []
-    for item in captured:
-        size = "by name" if goes_by_name(names[item.name]) else format_size(item.nbytes)
-        rows.append((item.name, item.kind, size, _listed(lines.get(item.name, ()))))
+    users = _brought(names, namespace, snapshot.met)
+    values = {**names, **{name: namespace[name] for name in users}}
+    for item in describe(values, namespace):
+        size = "by name" if goes_by_name(values[item.name]) else format_size(item.nbytes)
+        where = f"by {users[item.name]}" if item.name in users else _listed(lines.get(item.name, ()))
+        rows.append((item.name, item.kind, size, where))
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     text += [f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip() for a, b, c, d in rows]
     definitions = dict.fromkeys(getattr(obj, "__qualname__", str(obj)) for obj in snapshot.met)
     if definitions:
         text.append(f"by value, since the notebook defines them: {', '.join(definitions)}")
     return text
+
+
+def _brought(names: Collection[str], namespace: Mapping[str, Any], met: Sequence[Any]) -> dict[str, str]:
+    """Return the notebook's other variables that what is sent by value uses, and for each the first that does."""
+    users: dict[str, str] = {}
+    for function in met:
+        if not isinstance(function, types.FunctionType) or function.__globals__ is not namespace:
+            continue
+        for _, name, stores, _ in globals_of(function.__code__):
+            value = namespace.get(name)
+            definition = isinstance(value, types.FunctionType | type)  # they have a line of their own
+            if not (stores or definition or name in names or name not in namespace or goes_by_name(value)):
+                users.setdefault(name, function.__qualname__)
+    return users
 
 
 def size_line(names: Mapping[str, Any], snapshot: Snapshot) -> str:

@@ -78,7 +78,7 @@ def _without_gpus(options: Options, wanted: int | None, placement: Placement | N
     if options.gpu_ids:
         raise LaunchError(f"--gpu-ids {_listed(options)}: there is no GPU here. --cpus {wanted} runs on the CPU")
     if wanted is None:
-        raise LaunchError("there is no GPU here, so say how many ranks to run on the CPU, as in %%ddp --cpus 2")
+        raise LaunchError("there is no GPU here. Say how many ranks run on the CPU: --cpus 2, or cpus=2 in launch")
     ranks = "1 rank" if wanted == 1 else f"{wanted} ranks"
     note = f"nbddp: there is no GPU here; {ranks} on the CPU, over gloo"
     return Devices(

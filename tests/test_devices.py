@@ -41,7 +41,7 @@ def test_without_gpus_the_same_cell_runs_on_the_cpu_and_says_so() -> None:
         (Options(gpus=2), 1, "--gpus 2: there is 1 GPU here."),
         (Options(gpu_ids=(0, 4)), 2, "--gpu-ids 0,4: there are 2 GPUs here, numbered from 0"),
         (Options(gpu_ids=(0, 1)), 0, "--gpu-ids 0,1: there is no GPU here. --cpus 2 runs on the CPU"),
-        (Options(), 0, "there is no GPU here, so say how many ranks to run on the CPU, as in %%ddp --cpus 2"),
+        (Options(), 0, "there is no GPU here. Say how many ranks run on the CPU: --cpus 2, or cpus=2 in launch"),
     ],
 )
 def test_what_is_not_there_is_said(options: Options, there: int, message: str) -> None:
@@ -90,7 +90,7 @@ def test_in_the_notebook(kernel: Kernel) -> None:
     assert reply.error == "LaunchError"
     assert (
         reply.traceback
-        == "LaunchError: there is no GPU here, so say how many ranks to run on the CPU, as in %%ddp --cpus 2"
+        == "LaunchError: there is no GPU here. Say how many ranks run on the CPU: --cpus 2, or cpus=2 in launch"
     )
 
 

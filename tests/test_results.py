@@ -222,6 +222,21 @@ def test_explain_tells_what_the_last_cell_takes(kernel: Kernel) -> None:
     assert "the notebook has no variable nothing" in kernel.run("%ddp explain nothing").text
 
 
+def test_explain_tells_what_functions_bring(kernel: Kernel) -> None:
+    kernel.ok(
+        "import torch\ndata = torch.zeros(1000, 100)\nscale = 2\nunused = 3\n"
+        "class Net:\n    def forward(self): return data * scale\n"
+        "def helper(): return data.unused\ndef fit(): return Net().forward(), helper()"
+    )
+    rows = [line.split() for line in kernel.ok("%%ddp --cpus 1 --dry-run\nfit, scale").text.splitlines()]
+    (data,) = [row for row in rows if row[0] == "data"]
+    assert data[1:5] == ["torch.Tensor", "(1000,", "100)", "torch.float32"]
+    assert data[-2:] == ["by", "Net.forward"]
+    # What the cell uses itself has a row of its own already; of what is only called like a variable there is none.
+    assert [row[-1] for row in rows if row[0] == "scale"] == ["1"]
+    assert not any(row[0] == "unused" for row in rows)
+
+
 def test_large_captures_are_pointed_out(kernel: Kernel) -> None:
     kernel.ok("import torch\nw, small = torch.zeros(1000, 1000), 1\n%config DDPMagics.large = 1e6")
     reply = kernel.ok("%%ddp --cpus 1\nw, small\npass")
