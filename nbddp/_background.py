@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import shutil
 import sys
 import tempfile
 import threading
@@ -52,6 +51,7 @@ class BackgroundRun:
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._open = self._pressed = self._ended_with_kernel = False
+        assert prepared.logs is not None
         self._logs = prepared.logs
         self._pid = os.getpid()
         self._finished: Finished | None = None
@@ -59,7 +59,7 @@ class BackgroundRun:
         self._began = time.monotonic()
         self._thread = threading.Thread(target=self._follow, name=f"nbddp-{name}", daemon=True)
         # They would pile up otherwise; the session's end takes what is left, and not that of a child that was forked.
-        weakref.finalize(self, shutil.rmtree, prepared.logs, ignore_errors=True).atexit = False
+        weakref.finalize(self, self._logs.delete).atexit = False
 
     def start(self) -> None:
         """Begin. Raises LaunchError if no thread can be started."""
@@ -150,15 +150,18 @@ class BackgroundRun:
             tail: How many lines; None for all.
 
         Raises:
-            LaunchError: There is no such rank.
+            LaunchError: There is no such rank; or there is no room for its log.
         """
         if rank not in range(self._ranks):
             has = "rank 0" if self._ranks == 1 else f"ranks 0 to {self._ranks - 1}"
             raise LaunchError(f"{self.name}.log({rank}): it has {has}")
         try:
-            text = Path(self._logs, f"rank{rank}.log").read_text(errors="replace")
+            text = Path(self._logs.saved(), f"rank{rank}.log").read_text(errors="replace")
         except FileNotFoundError:  # it has not begun
             return ""
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise LaunchError(f"{self.name}.log({rank}): it cannot be written to a file: {why}") from error
         return text if tail is None else "".join(text.splitlines(keepends=True)[-tail:])
 
     def __repr__(self) -> str:
@@ -241,7 +244,7 @@ class BackgroundRun:
                 if elsewhere:  # the notebook's folder cannot be written
                     target = os.path.join(tempfile.mkdtemp(prefix="nbddp-logs-"), f"{self.name}-{number}")
                 # If that is a renaming, what ranks print still goes along.
-                self._logs = shutil.move(self._logs, target)
+                self._logs.move(target)
             except OSError as error:
                 reason = error
             else:

@@ -233,7 +233,8 @@ def prepare(
     prepared = Prepared(job, client, screen, devices, kept, names, closure.met, times, said)
     prepared.make_room()
     try:
-        with interruptible(gate, "the script was written; nothing was launched"):
+        quick = there and not closure.nbytes
+        with interruptible(gate, "the script was written; nothing was launched", quick=quick):
             prepared.write(script)
     except BaseException:
         prepared.discard()

@@ -8,16 +8,16 @@ long.
 from __future__ import annotations
 
 import contextlib
-import tempfile
 import threading
 import time
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from nbddp import _allocation, _asked_again, _limits, _settings
+from nbddp import _allocation, _asked_again, _limits, _settings, _wire
 from nbddp._devices import Devices, gpus_of
 from nbddp._errors import LaunchError, RunLostError
+from nbddp._log_files import Logs
 from nbddp._memory import Meter, of_ranks
 from nbddp._options import Options
 from nbddp._paths import RunDir, cannot_write, format_size
@@ -61,6 +61,7 @@ class Kept:
         idle: Seconds without a cell after which they end.
         asked_idle: ... that the user has asked for.
         lost: What has ended them between two cells, if something has.
+        sent_file: Whether what the last cell has sent is in a file.
     """
 
     def __init__(self) -> None:
@@ -73,7 +74,9 @@ class Kept:
         self._cells = 0
         self._place = 0
         self._sent: dict[str, int] = {}
-        self._request: dict[str, Any] = {}
+        self._request = b""
+        self._everywhere = False
+        self.sent_file = False
         self._on: frozenset[int] = frozenset()
         self._pending = _Pending()
         self.idle = IDLE_SECONDS
@@ -177,19 +180,21 @@ class Kept:
             raise cannot_write(what, self.run_dir.root, error) from error
         everyone = frozenset(range(self.devices.ranks))
         self._on = everyone if on is None else frozenset(on)
-        self._request = {
-            "push": list(push),
-            "closure": path,
-            "offset": len(self.definitions),
-            "everywhere": self._on == everyone,
-            "arguments": {
+        self._everywhere, self.sent_file = self._on == everyone, path is not None
+        self._request = _wire.encode(
+            "cell",
+            push=list(push),
+            closure=path,
+            offset=len(self.definitions),
+            everywhere=self._everywhere,
+            arguments={
                 "cell": cell.source,
                 "filename": cell.filename,
                 "number": cell.number,
                 "header": cell.header,
                 **arguments,
             },
-        }
+        )
 
     def begin(self, relay: Relay) -> None:
         """Set the cell going; the first one starts the ranks."""
@@ -209,7 +214,7 @@ class Kept:
         assert self.world is not None
         state.renew(spared=state.rank not in self._on)
         if not state.spared:
-            self.world.ranks.ask(state, "cell", **self._request)
+            self.world.ranks.ask(state, self._request)
 
     def leave(self, relay: Relay | None = None) -> None:
         """Have the ranks end as scripts do, with their exit handlers; show first what they have printed since."""
@@ -218,7 +223,7 @@ class Kept:
             self._pending.replay(relay)
         for state in self.states.values():
             state.renew(spared=False)
-            self.world.ranks.ask(state, "leave")
+            self.world.ranks.ask(state, _wire.encode("leave"))
 
     def settle(self, ending: Ending, names: Mapping[str, Any], met: Sequence[Any], gate: InterruptGate) -> str | None:
         """See to it that the next cell works; return a line on what has become of the ranks, if there is need.
@@ -230,7 +235,7 @@ class Kept:
             gate: Tells of interrupts.
         """
         asked = [state.outcome or {} for state in ending.ranks.values() if not state.spared]
-        if self._request.get("everywhere") and asked and all(outcome.get("loaded") for outcome in asked):
+        if self._everywhere and asked and all(outcome.get("loaded") for outcome in asked):
             self.definitions += met
             self._sent |= {name: id(value) for name, value in names.items()}
         # One that has caught the interrupt may have broken off in the middle of a collective all the same.
@@ -263,7 +268,7 @@ class Kept:
         self._place += 1
         for state in states:
             state.regrouped = None
-            self.world.ranks.ask(state, "regroup", backend=backend, place=self._place)
+            self.world.ranks.ask(state, _wire.encode("regroup", backend=backend, place=self._place))
         deadline = time.monotonic() + _REGROUP_SECONDS
         presses = gate.presses
         while any(state.regrouped is None for state in states):
@@ -391,8 +396,8 @@ class Kept:
         if self._screen is None or not self._pending:
             return
         with contextlib.suppress(Exception):  # the front end may be gone
-            logs = tempfile.mkdtemp(prefix="logs-", dir=self.run_dir.root)
-            relay = Relay(self.devices.ranks, logs, self.secret, self._screen, View(plain=self.options.plain))
+            logs, view = Logs(self.run_dir.root), View(plain=self.options.plain)
+            relay = Relay(self.devices.ranks, logs, self.secret, self._screen, view)
             self._pending.replay(relay)
             relay.close()
 

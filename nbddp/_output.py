@@ -2,7 +2,7 @@
 
 ::
 
-    pipe ──bytes──> log file                              all of it, for %ddp log
+    pipe ──bytes──> log                                   all of it, for %ddp log
              └────> stdout's lines ─┬─> blocks of lines   and, between them, where displays belong
              └────> stderr's lines ─┘
 
@@ -13,13 +13,13 @@ marks; so do the places of displays. (C++, NCCL and child processes write withou
 from __future__ import annotations
 
 import codecs
-import os
 import re
 from collections import deque
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from nbddp._lines import Lines
+from nbddp._log_files import Log
 from nbddp._wire import mark
 
 # Of the end of a rank's output, for the fold under a finished run: characters.
@@ -38,7 +38,6 @@ class RankOutput:
 
     Attributes:
         rank: Its number on this machine.
-        log: The path of its log.
         hidden_lines: How many lines were not shown.
         hidden_chars: Their length.
         lines: How many lines there were.
@@ -46,9 +45,9 @@ class RankOutput:
         last_line: Its last line that is not empty.
     """
 
-    def __init__(self, rank: int, log: str, secret: str, tail_limit: int) -> None:
+    def __init__(self, rank: int, log: Log, secret: str, tail_limit: int) -> None:
         self.rank = rank
-        self.log = log
+        self._log = log
         self.hidden_lines = self.hidden_chars = self.lines = 0
         self.recent = self.last_line = ""
         self._mark = mark(secret, "")[:-1]
@@ -59,7 +58,6 @@ class RankOutput:
         self._tail: deque[Text] = deque()
         self._tail_limit = tail_limit
         self._tail_size = 0
-        self._log_fd: int | None = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def _begin(self) -> None:
         # A character may be split between two reads; what is no UTF-8 is shown as replacement characters.
@@ -122,9 +120,7 @@ class RankOutput:
 
     def close(self) -> None:
         """Close the log; safe to call twice."""
-        if self._log_fd is not None:
-            os.close(self._log_fd)
-            self._log_fd = None
+        self._log.close()
 
     @property
     def current(self) -> list[str]:
@@ -202,14 +198,9 @@ class RankOutput:
 
     def _write_log(self, data: bytes) -> str:
         """Write to the log; return a line to show if that is no longer possible."""
-        if self._log_fd is None:
-            return ""
         try:
-            view = memoryview(data)
-            while view:
-                view = view[os.write(self._log_fd, view) :]
+            self._log.write(data)
         except OSError as error:  # a full disk takes the log, not the run
-            self.close()
             return f"(nbddp: the log of this rank ends here: {error.strerror})\n"
         return ""
 

@@ -18,9 +18,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from nbddp import _limits, _process
 from nbddp._errors import LaunchError
+
+if TYPE_CHECKING:
+    from nbddp._log_files import Logs
 
 _PREFIX = "nbddp-"
 _SHM = "/dev/shm"
@@ -239,8 +243,7 @@ class Session:
             self._locks.append(_lock(os.path.join(_SHM, self.name)))
         self.launcher_log = os.path.join(self.root, "launcher.log")
         self._numbers = itertools.count(1)
-        self._logs: str | None = None
-        self._spare_logs: list[str] = []
+        self._logs: Logs | None = None
         self._ruins: list[str] = []
         # A run in the background may end at any moment.
         self._deleting = threading.Lock()
@@ -277,28 +280,21 @@ class Session:
 
     @property
     def logs(self) -> str | None:
-        """The directory with the ranks' logs of the last run, if there was one."""
-        return self._logs
+        """The directory with the ranks' logs of the last run, if there was one.
 
-    def new_logs(self) -> str:
-        """Return an empty directory for the logs of a run that begins."""
-        with contextlib.suppress(IndexError):  # one call: another thread may want one, too
-            if os.path.isdir(spare := self._spare_logs.pop()):
-                return spare
-        return tempfile.mkdtemp(prefix="logs-", dir=self.root)
+        Raises:
+            LaunchError: They cannot be written.
+        """
+        try:
+            return self._logs.saved() if self._logs is not None else None
+        except OSError as error:
+            raise cannot_write("write the logs", self.root, error) from error
 
-    def keep_logs(self, logs: str) -> None:
+    def keep_logs(self, logs: Logs) -> None:
         """Keep the logs of a run that has ended; those of the one before are deleted."""
         old, self._logs = self._logs, logs
-        if old is None:
-            return
-        try:
-            # Between two quick cells, to make a directory and to delete one takes longer than to empty it.
-            for name in os.listdir(old):
-                os.unlink(os.path.join(old, name))
-            self._spare_logs.append(old)
-        except OSError:
-            self._delete(old)
+        if old is not None:
+            old.delete()
 
     def close(self) -> None:
         """Delete the directory and give up the lock."""

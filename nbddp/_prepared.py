@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import shutil
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from nbddp import _client, _closure, _devices, _kept, _limits, _nodes, _process, _results, _settings, _wire
 from nbddp._agent import Launch
 from nbddp._errors import RunLostError
+from nbddp._log_files import Logs
 from nbddp._memory import Meter
 from nbddp._paths import RunDir, cannot_write, format_size
 from nbddp._relay import Relay
@@ -69,11 +69,17 @@ class Said:
 
 
 @contextlib.contextmanager
-def interruptible(gate: InterruptGate, what: str) -> Iterator[None]:
-    """Let an interrupt tear the code inside; say then what that was."""
+def interruptible(gate: InterruptGate, what: str, *, quick: bool = False) -> Iterator[None]:
+    """Let an interrupt tear the code inside; say then what that was.
+
+    Args:
+        gate: Tells of interrupts.
+        what: The code, as a clause.
+        quick: Whether it takes no time, so that an interrupt may as well wait for its end.
+    """
     torn = False
     try:
-        with gate.open():
+        with gate.passing() if quick else gate.open():
             yield
     except KeyboardInterrupt:
         torn = True
@@ -96,7 +102,7 @@ class Prepared:
         met: The classes and functions that go along by value.
         run_dir: Its files.
         launch: What the launcher is to start, as things were when it was prepared.
-        logs: The directory of its logs, if these are its own.
+        logs: Its logs, if these are its own.
         times: When each stage was complete.
         say: Shows a line of nbddp's own.
     """
@@ -112,7 +118,7 @@ class Prepared:
     say: Said
     run_dir: RunDir = field(init=False)
     launch: Launch = field(init=False)
-    logs: str = field(init=False, default="")
+    logs: Logs | None = field(init=False, default=None)
     _closure_path: str | None = field(init=False, default=None)
 
     @property
@@ -142,7 +148,7 @@ class Prepared:
         self.run_dir = self.client.session.new_run()
         try:
             if self.job.background:
-                self.logs = self.client.session.new_logs()
+                self.logs = Logs(self.client.session.root)
             self.launch = self._what_to_launch()
         except BaseException:
             self.discard()
@@ -184,8 +190,8 @@ class Prepared:
         """Delete its files, if it is not to be run."""
         if self._starts_ranks:
             self.client.session.end_run(self.run_dir)
-        if self.logs:
-            shutil.rmtree(self.logs, ignore_errors=True)
+        if self.logs is not None:
+            self.logs.delete()
 
     def _arguments(self, script: Script) -> dict[str, Any]:
         """Return what kept ranks need to know to run the cell."""
@@ -205,19 +211,22 @@ class Prepared:
             NbddpError: It did not end well.
             KeyboardInterrupt: The user stopped it.
         """
+        no_files = False
         try:
             ending = self._run(gate)
-            with interruptible(gate, "the results were loaded; nothing was assigned"):
+            quick = not (self.job.wanted.out or self.job.wanted.gather)
+            with interruptible(gate, "the results were loaded; nothing was assigned", quick=quick):
                 reports = {rank: state.outcome or {} for rank, state in ending.ranks.items() if not state.spared}
                 results = _results.read(self.job.wanted, reports, self.sent, ending.ranks[0].rank)
             for wrapper in dict.fromkeys(reports[min(reports)].get("unwrapped", ())):
                 self.say(f"nbddp: {wrapper} was unwrapped: its .module came back")
             times = self.times | ending.times | {"results loaded": time.monotonic()}
+            no_files = quick and self.kept is not None and not self.kept.sent_file
             return Finished(results, ending.value, times)
         finally:
             if self._starts_ranks:  # or would have to, for another cell
                 self.client.session.end_run(self.run_dir)
-            else:
+            elif not no_files:
                 self.run_dir.clear_cell()
 
     def _run(self, gate: InterruptGate) -> Ending:
@@ -277,11 +286,11 @@ class Prepared:
     def _relay(self, secret: str, stack: contextlib.ExitStack) -> Relay:
         """Return what shows the ranks' output; the stack closes it and puts the logs away."""
         session = self.client.session
-        logs = self.logs or session.new_logs()
+        logs = self.logs or Logs(session.root)
         if self.job.background:
             pass
         elif self.job.own:
-            stack.callback(shutil.rmtree, logs, ignore_errors=True)
+            stack.callback(logs.delete)
         else:
             stack.callback(session.keep_logs, logs)
         placement = self.devices.placement

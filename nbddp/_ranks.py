@@ -166,13 +166,20 @@ class Ranks:
         with contextlib.suppress(OSError):  # it is gone, or does not listen
             _wire.send(state.inbox.sock, kind, **fields)
 
-    def ask(self, state: RankState, kind: str, **fields: Any) -> None:
-        """Send a rank a message that may be long."""
-        state.inbox.sock.settimeout(_ASK_SECONDS)
-        try:
-            self.tell(state, kind, **fields)
-        finally:
-            state.inbox.sock.setblocking(False)
+    def ask(self, state: RankState, message: bytes) -> None:
+        """Send a rank a message that may be long (`nbddp._wire.encode`)."""
+        sock = state.inbox.sock
+        with contextlib.suppress(OSError):  # it is gone
+            try:
+                sent = sock.send(message)
+            except BlockingIOError:
+                sent = 0
+            if sent < len(message):
+                sock.settimeout(_ASK_SECONDS)
+                try:
+                    sock.sendall(memoryview(message)[sent:])
+                finally:
+                    sock.setblocking(False)
 
     # Who connects.
 

@@ -12,7 +12,6 @@ cell shows a bounded amount: its beginning, a line that says what is left out, a
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nbddp import _palette
+from nbddp._log_files import Logs
 from nbddp._output import RankOutput, Text
 from nbddp._pace import Display, Pacer, Shown, charges
 from nbddp._paths import format_size
@@ -76,16 +76,12 @@ class _Budget:
     displays: int
 
 
-def _log(folder: str, rank: int) -> str:
-    return os.path.join(folder, f"rank{rank}.log")
-
-
 class Relay:
     """The output of all ranks on one screen.
 
     Args:
         ranks: How many there are.
-        logs: The directory of their logs.
+        logs: Their logs.
         secret: Stands in the marks of this run.
         screen: Where output goes.
         view: How much of it, and how.
@@ -99,7 +95,7 @@ class Relay:
     def __init__(
         self,
         ranks: int,
-        logs: str,
+        logs: Logs,
         secret: str,
         screen: Screen,
         view: View | None = None,
@@ -128,13 +124,8 @@ class Relay:
         self._pacer = Pacer(screen, in_place=not self._plain)
         if said:
             self._pacer.add_shown(Shown(_NBDDP, said))
-        self.outputs: list[RankOutput] = []
-        try:
-            for rank in range(ranks):
-                self.outputs.append(RankOutput(rank, _log(logs, rank), secret, tail // count))
-        except OSError:
-            self.close()
-            raise
+        self._logs = logs
+        self.outputs = [RankOutput(rank, logs.new(rank), secret, tail // count) for rank in range(ranks)]
         self._secret = secret
         # Displays by rank and number that have come before their mark; and what ranks have written behind a mark whose
         # display is still on its way.
@@ -214,11 +205,10 @@ class Relay:
 
     def close(self) -> None:
         """Close the logs, and name them by the numbers that are shown; safe to call twice."""
-        for output in reversed(self.outputs):
+        for output in self.outputs:
             output.close()
-            if self._offset:
-                with contextlib.suppress(OSError):  # as they were made, then
-                    os.rename(output.log, _log(os.path.dirname(output.log), output.rank + self._offset))
+        if self._offset:
+            self._logs.number_from(self._offset)
         self._offset = 0
 
     def finish(self, values: Mapping[int, Value] | None = None) -> Value | None:

@@ -172,8 +172,7 @@ class InterruptGate:
         if not self._main:
             yield
             return
-        if self.presses:
-            raise KeyboardInterrupt
+        self._raise_if_pressed()
         handler = self._previous or signal.default_int_handler
         if callable(handler):
             handler = functools.partial(self._tear, handler, set(_callers(sys._getframe())))
@@ -182,7 +181,20 @@ class InterruptGate:
             yield
         finally:
             signal.signal(signal.SIGINT, self._press)
-        if self.presses:
+            # It has the frames, and this frame has it: what they hold, the user's tensors among it, would stay until
+            # the garbage collector comes.
+            handler = signal.SIG_DFL
+        self._raise_if_pressed()
+
+    @contextlib.contextmanager
+    def passing(self) -> Iterator[None]:
+        """Raise KeyboardInterrupt for an interrupt that came before the code inside, or during it."""
+        self._raise_if_pressed()
+        yield
+        self._raise_if_pressed()
+
+    def _raise_if_pressed(self) -> None:
+        if self._main and self.presses:
             raise KeyboardInterrupt
 
     def _tear(
