@@ -23,6 +23,7 @@ from run import Torchrun, environment
 from side_by_side import Kernel, Table, kernel, ratio_row, write
 
 from nbddp import _wire
+from nbddp._log_files import Logs
 from nbddp._loop import Loop
 from nbddp._memory import Meter
 from nbddp._panel import Panel
@@ -298,7 +299,7 @@ def simulate(count: int, seconds: float) -> tuple[Counter, float]:
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         path = os.path.join(folder, "socket")
         server = stack.enter_context(_wire.listen(path))
-        relay = Relay(count, folder, secret, screen)
+        relay = Relay(count, Logs(folder), secret, screen)
         stack.callback(relay.close)
         ranks = Ranks(server, loop)
         ranks.attach(relay)

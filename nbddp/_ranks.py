@@ -148,7 +148,8 @@ class Ranks:
         ]
 
     def close(self) -> None:
-        """Close the connections."""
+        """Close the connections, and let go of who was told of the ranks: the run, which has all that it was sent."""
+        self._arrived = self._began = self.ready = lambda _: None
         self._loop.unwatch(self._outputs)
         self._outputs.close()
         for state in self.states.values():

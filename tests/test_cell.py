@@ -143,3 +143,15 @@ def test_caches_slots_and_new_types_of_the_notebook(kernel: Kernel) -> None:
 
 def test_exit_ends_a_rank_as_it_ends_a_script(kernel: Kernel) -> None:
     assert kernel.ok("%%ddp --cpus 1\nprint('before')\nexit()\nprint('after')").text == "before\n"
+
+
+@pytest.mark.parametrize("options", ["--cpus 1", "--cpus 1 --keep", "--cpus 1 --out y"])
+def test_what_a_cell_took_is_freed_with_its_last_name(kernel: Kernel, options: str) -> None:
+    # At once: a model on a GPU must not wait for the garbage collector.
+    kernel.ok("import gc, weakref, torch\nx = torch.zeros(1000)\nleft = weakref.ref(x)\ngc.collect(); gc.disable()")
+    try:
+        kernel.ok(f"%%ddp {options}\ny = x.sum()")
+        kernel.ok("del x")
+        assert kernel.get("left() is None")
+    finally:
+        kernel.ok("gc.enable()\n%ddp stop")

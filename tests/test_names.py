@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import ast
 import builtins
+import dis
+import types
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from IPython.core.inputtransformer2 import TransformerManager
 
-from nbddp._names import Uses
+from nbddp._names import Uses, globals_of
 
 transform = TransformerManager().transform_cell
 
@@ -109,3 +113,29 @@ def test_bound(cell: str, names: str) -> None:
 )
 def test_dynamic(cell: str, dynamic: bool) -> None:
     assert uses(cell).dynamic is dynamic
+
+
+def globals_by_dis(code: types.CodeType, depth: int = 0) -> Iterator[tuple[int, str, bool, int]]:
+    own: set[str] = set()
+    in_class = depth > 0 and not code.co_flags & 0x02
+    for one in dis.get_instructions(code):
+        line = (one.positions.lineno if one.positions else None) or code.co_firstlineno
+        match one.opname:
+            case "STORE_NAME" if in_class:
+                own.add(one.argval)
+            case "STORE_NAME" | "STORE_GLOBAL":
+                yield depth, one.argval, True, line
+            case "LOAD_NAME" | "LOAD_GLOBAL" | "LOAD_FROM_DICT_OR_GLOBALS" | "DELETE_NAME" | "DELETE_GLOBAL":
+                if one.argval not in own:
+                    yield depth, one.argval, False, line
+            case _ if isinstance(one.argval, types.CodeType):
+                yield from globals_by_dis(one.argval, depth + 1)
+
+
+@pytest.mark.parametrize("module", ["argparse", "typing", "enum", "dataclasses", "inspect", "turtle"])
+def test_byte_code_is_read_as_dis_reads_it(module: str) -> None:
+    path = Path(dis.__file__).with_name(f"{module}.py")
+    code = compile(path.read_bytes(), str(path), "exec")
+    found = list(globals_of(code))
+    assert len(found) > 300
+    assert found == list(globals_by_dis(code))

@@ -233,7 +233,7 @@ def test_explain_tells_what_functions_bring(kernel: Kernel) -> None:
     assert data[1:5] == ["torch.Tensor", "(1000,", "100)", "torch.float32"]
     assert data[-2:] == ["by", "Net.forward"]
     # What the cell uses itself has a row of its own already; of what is only called like a variable there is none.
-    assert [row[-1] for row in rows if row[0] == "scale"] == ["1"]
+    assert [row[-1] for row in rows if row[0] == "scale"] == ["2"]
     assert not any(row[0] == "unused" for row in rows)
 
 
