@@ -118,6 +118,7 @@ class Logs:
         self.lock = threading.RLock()
         self._parent = parent
         self._folder: str | None = None
+        self._moved = False
         self._logs: list[Log] = []
 
     def new(self, number: int) -> Log:
@@ -156,18 +157,19 @@ class Logs:
             return folder
 
     def move(self, target: str) -> None:
-        """Move the folder; if that is a renaming, what is still written goes along.
+        """Move the folder to where it stays; if that is a renaming, what is still written goes along.
 
         Raises:
             OSError: It cannot be moved.
         """
         with self.lock:
             self._folder = shutil.move(self.saved(), target)
+            self._moved = True
 
     def delete(self) -> None:
-        """Delete the files, if there are any; what is still written is not kept either."""
+        """Delete the files, unless they were moved; what is still written is not kept either."""
         with self.lock:
             while self._logs:  # which have this object, and need no garbage collector now
                 self._logs.pop().close()
-            if self._folder is not None:
+            if self._folder is not None and not self._moved:
                 shutil.rmtree(self._folder, ignore_errors=True)

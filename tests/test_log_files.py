@@ -76,6 +76,8 @@ def test_what_is_written_after_a_move_goes_along(logs: Logs, tmp_path: Path) -> 
     log.write(b"after\n")
     assert (tmp_path / "elsewhere" / "rank0.log").read_bytes() == b"before\nafter\n"
     assert logs.saved() == str(tmp_path / "elsewhere")
+    logs.delete()
+    assert (tmp_path / "elsewhere" / "rank0.log").read_bytes() == b"before\nafter\n"
 
 
 def test_deleted_logs_leave_nothing_and_are_gone_at_once(logs: Logs, tmp_path: Path) -> None:
