@@ -44,6 +44,7 @@ WAYS = (
     ("a Python loop", "", "while True: sum(range(1000))", True),
     ("all but rank 0 in a barrier", "", f"dist.barrier() if rank else {SLEEP}", True),
     ("a DataLoader with 2 workers", "", LOADER, True),
+    ("a wait for a program", "import subprocess\n", "subprocess.call(['sleep', '600'])", True),
     ("SIGINT ignored", IGNORE_INT, SLEEP, False),
     ("SIGINT and SIGTERM ignored", IGNORE_INT + IGNORE_TERM, SLEEP, False),
 )

@@ -79,6 +79,10 @@ class Uplink:
         self._stacks = open(run.stacks(local), "wb")  # noqa: SIM115  # faulthandler keeps its descriptor
         faulthandler.enable(self._stacks, all_threads=False)
         faulthandler.register(STACK_SIGNAL, self._stacks, all_threads=False)
+        # It would have system calls go on that it interrupts. An interrupt comes right behind it, often while the stack
+        # is being written, and Python would hear of it only when the main thread has waited to the end: for a child, a
+        # lock, a socket.
+        signal.siginterrupt(STACK_SIGNAL, True)
         pidfd = _process.open_pidfd(os.getpid())
         fds = [out] if pidfd is None else [out, pidfd]
         attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))

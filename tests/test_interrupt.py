@@ -178,6 +178,33 @@ def test_a_shell_command_in_a_rank_is_interrupted_too(kernel: Kernel) -> None:
     assert reply.seconds < 4
 
 
+# Of what the system would go on with after a signal whose handler allows that, as the one that writes stacks once did.
+WAITS = {
+    "child": "subprocess.call(['sleep', '60'])",
+    "lock": "lock = threading.Lock(); lock.acquire(); lock.acquire()",
+    "pipe": "os.read(os.pipe()[0], 1)",
+    "socket": "ends = socket.socketpair(); ends[0].recv(1)",
+    "file lock": "files = [open(path), open(path)]; [fcntl.flock(file, fcntl.LOCK_EX) for file in files]",
+}
+
+
+@pytest.mark.parametrize("what", WAITS)
+def test_what_a_rank_waits_for_does_not_hold_up_an_interrupt(kernel: Kernel, tmp_path: Path, what: str) -> None:
+    (tmp_path / "locked").touch()
+    kernel.ok(f"path = {str(tmp_path / 'locked')!r}")
+    wait = WAITS[what]
+    for _ in range(5):
+        reply = kernel.run_and(
+            "%%ddp --cpus 2\nimport fcntl, os, socket, subprocess, threading\npath\n"
+            f"try:\n    print('up')\n    {wait}\nexcept KeyboardInterrupt:\n    print('saved')\n    raise",
+            "rank 1] up",
+            lambda: (time.sleep(0.1), kernel.interrupt()),
+        )
+        assert reply.error == "KeyboardInterrupt"
+        assert sorted(reply.lines) == ["[rank 0] saved", "[rank 0] up", "[rank 1] saved", "[rank 1] up"]
+        assert reply.seconds < 3
+
+
 def test_a_display_that_is_under_way_is_not_torn(kernel: Kernel) -> None:
     reply = kernel.run_and(
         "%%ddp --cpus 1\nprint('up', flush=True)\nfrom IPython.display import display\n"
