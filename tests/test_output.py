@@ -98,8 +98,9 @@ def test_displays_of_several_ranks_say_whose_they_are(kernel: Kernel) -> None:
 
 def test_updating_a_display(kernel: Kernel) -> None:
     reply = kernel.ok(
-        "%%ddp --cpus 1\nfrom IPython.display import display, HTML\n"
-        "h = display(HTML('a'), display_id=True)\nh.update(HTML('b'))"
+        "%%ddp --cpus 1\nfrom IPython.display import display, HTML\nimport time\n"
+        # What is not shown yet is shown in its last state.
+        "h = display(HTML('a'), display_id=True)\ntime.sleep(0.5)\nh.update(HTML('b'))"
     )
     kinds = [(kind, c["data"]["text/html"]) for kind, c in reply.outputs if "display_data" in kind]
     assert kinds == [("display_data", "a"), ("update_display_data", "b")]
