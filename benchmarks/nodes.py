@@ -354,7 +354,7 @@ def many(seconds: float) -> list[Table]:
 def play(folder: Path, seed: int, numbers: range) -> list[Table]:
     """Rounds in which a random process, from the kernel to a rank, gets a random signal at a random moment."""
     slurm = Slurm(Path(tempfile.mkdtemp(dir=folder)), nodes=2)
-    series = node_rounds.Series(folder, slurm)
+    series = node_rounds.series(folder, slurm)
     counts: collections.Counter[tuple[str, bool]] = collections.Counter()
     print(f"seed {seed}", flush=True)
     try:

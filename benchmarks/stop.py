@@ -276,7 +276,7 @@ def _kill(folder: Path, stage: str, ranks: int) -> tuple[float, int]:
 def play(folder: Path, seed: int, numbers: range, show: Callable[[object], None]) -> list[Table]:
     """Rounds in which a random process gets a random signal at a random moment."""
     show(f"seed {seed}")
-    series = rounds.Series(folder)
+    series = rounds.series(folder)
     counts: collections.Counter[tuple[str, bool]] = collections.Counter()
     failed = []
     try:

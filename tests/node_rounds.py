@@ -14,7 +14,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -22,7 +22,7 @@ import psutil
 from tests.cluster import Slurm
 from tests.kernel import Kernel, Request
 from tests.leftovers import leftovers, marked
-from tests.rounds import GRACE, wait_for
+from tests.rounds import GRACE, Result, Round, Series, shown, wait_for
 
 NODES = 2
 
@@ -129,27 +129,8 @@ class Plan:
         return any(word in self.victim for word in ("srun", "slurmstepd"))
 
 
-@dataclass
-class Result:
-    """What a round came to.
-
-    Attributes:
-        plan: The round.
-        how: How it went.
-        problems: What must not be, a line each.
-    """
-
-    plan: Plan
-    how: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        lines = [f"{self.plan}: {', '.join(self.how)}", *(f"    FAILED: {problem}" for problem in self.problems)]
-        return "\n".join(lines)
-
-
-class Series:
-    """Rounds, one after the other; a kernel serves until it is gone.
+def series(temp: Path, slurm: Slurm, others: Sequence[Kernel] = ()) -> Series[Plan]:
+    """Return rounds on nodes.
 
     Args:
         temp: This process's temporary directory, and the kernels'.
@@ -157,44 +138,18 @@ class Series:
         others: Kernels that are none of the rounds', and stay.
     """
 
-    def __init__(self, temp: Path, slurm: Slurm, others: Sequence[Kernel] = ()) -> None:
-        self._temp = temp
-        self._slurm = slurm
-        self._others = others
-        self._kernel: Kernel | None = None
+    def start() -> Kernel:
+        kernel = Kernel(env=slurm.env)
+        kernel.ok(f"%load_ext nbddp\n%config DDPMagics.grace = {GRACE}")
+        return kernel
 
-    def close(self) -> None:
-        """Shut the kernel down, if there is one."""
-        if self._kernel is not None:
-            self._kernel.close()
-        self._kernel = None
-
-    def play(self, plan: Plan) -> Result:
-        """Play a round."""
-        if self._kernel is None:
-            self._kernel = Kernel(env=self._slurm.env)
-            self._kernel.ok(f"%load_ext nbddp\n%config DDPMagics.grace = {GRACE}")
-        result = _Round(plan, self._kernel, self._slurm, self._temp, self._others).play()
-        if result.problems or not self._kernel.alive():
-            # The next round must not suffer for this one.
-            self.close()
-            for process in marked():
-                with contextlib.suppress(psutil.Error):
-                    if process.ppid() not in {kernel.pid for kernel in self._others}:
-                        process.kill()
-            self._slurm.restore()
-        return result
+    return Series(start, lambda plan, kernel: _Round(plan, kernel, slurm, temp, others).play(), slurm.restore, others)
 
 
-class _Round:
+class _Round(Round[Plan]):
     def __init__(self, plan: Plan, kernel: Kernel, slurm: Slurm, temp: Path, others: Sequence[Kernel]) -> None:
-        self._plan = plan
-        self._kernel = kernel
+        super().__init__(plan, kernel, temp, others)
         self._slurm = slurm
-        self._temp = temp
-        self._others = others
-        self._folder = temp / "reached"
-        self._result = Result(plan)
         self._holder: subprocess.Popen[bytes] | None = None
 
     def play(self) -> Result:
@@ -238,7 +193,7 @@ class _Round:
         if plan.stage not in ("queued", "starting"):
             request.wait(_AT_MOST, lambda: len(self._reached()) == NODES)
             if len(self._reached()) != NODES:
-                self._result.problems.append(f"the ranks never got there: {_shown(request)}")
+                self._result.problems.append(f"the ranks never got there: {shown(request)}")
         time.sleep(plan.delay)
         return request
 
@@ -320,7 +275,7 @@ class _Round:
             if not self._over(request, GRACE + _BEYOND_GRACE):
                 over = self._over(request, _AT_MOST)
                 after = f"only after {time.monotonic() - began:.1f} s" if over else f"not in {_AT_MOST:.0f} s"
-                result.problems.append(f"after an interrupt the cell returned {after}: {_shown(request)}")
+                result.problems.append(f"after an interrupt the cell returned {after}: {shown(request)}")
         if self._kernel.alive():
             message = request.reply.message.partition("\n")[0][:150]
             ending = f"{request.reply.status} {request.reply.error} {message}".strip()
@@ -331,9 +286,6 @@ class _Round:
             result.how.append(f"the kernel was gone after {time.monotonic() - began:.2f} s")
             if "kernel" not in plan.victim:
                 result.problems.append("the kernel is gone, and nobody has hit it")
-
-    def _over(self, request: Request, seconds: float) -> bool:
-        return request.wait(seconds, lambda: not self._kernel.alive()) or not self._kernel.alive()
 
     # (b) Nothing is left.
 
@@ -357,11 +309,7 @@ class _Round:
 
     def _run_another(self) -> None:
         if self._kernel.alive():
-            request = self._kernel.ask("%%ddp --nnodes 2 --cpus 1\nprint('again')")
-            over = self._over(request, _AT_MOST)
-            # SIGTERM may have come so late that the kernel ends only now.
-            if not over or (self._kernel.alive() and request.reply.status != "ok"):
-                self._result.problems.append(f"the next cell: {_shown(request)}")
+            self._see_that_it_works("%%ddp --nnodes 2 --cpus 1\nprint('again')", _AT_MOST)
             wait_for(lambda: not self._left(True), _GONE)
 
 
@@ -374,9 +322,3 @@ def _command(process: psutil.Process) -> str:
 def _parents(process: psutil.Process) -> str:
     parent = process.parent()
     return "" if parent is None else _command(parent)
-
-
-def _shown(request: Request) -> str:
-    if request.returned_at is None:
-        return f"did not return: {request.reply.text}"
-    return f"{request.reply.status}: {request.reply.text}\n{request.reply.traceback}"

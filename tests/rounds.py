@@ -15,12 +15,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import psutil
 
 from tests.kernel import Kernel, Request
 from tests.leftovers import leftovers, marked
+
+_Plan = TypeVar("_Plan")
 
 # Seconds that ranks have after an interrupt, in these rounds.
 GRACE = 1
@@ -164,7 +166,7 @@ class Result:
         problems: What must not be, a line each.
     """
 
-    plan: Plan
+    plan: Any
     how: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
 
@@ -173,18 +175,27 @@ class Result:
         return "\n".join(lines)
 
 
-class Series:
+class Series(Generic[_Plan]):
     """Rounds, one after the other; a kernel serves until it is gone.
 
     Args:
-        temp: This process's temporary directory, and the kernels'.
+        start: Starts a kernel.
+        play_in: Plays a round in one.
+        restore: Called after a round that went wrong, or ended the kernel.
         others: Kernels that are none of the rounds', and stay.
     """
 
-    def __init__(self, temp: Path, others: Sequence[Kernel] = ()) -> None:
-        self._temp = temp
+    def __init__(
+        self,
+        start: Callable[[], Kernel],
+        play_in: Callable[[_Plan, Kernel], Result],
+        restore: Callable[[], None] = lambda: None,
+        others: Sequence[Kernel] = (),
+    ) -> None:
+        self._start = start
+        self._play_in = play_in
+        self._restore = restore
         self._others = others
-        self._folder = temp / "reached"
         self._kernel: Kernel | None = None
 
     def close(self) -> None:
@@ -193,11 +204,11 @@ class Series:
             self._kernel.close()
         self._kernel = None
 
-    def play(self, plan: Plan) -> Result:
+    def play(self, plan: _Plan) -> Result:
         """Play a round."""
         if self._kernel is None:
-            self._kernel = new_kernel()
-        result = _Round(plan, self._kernel, self._folder, self._temp, self._others).play()
+            self._kernel = self._start()
+        result = self._play_in(plan, self._kernel)
         if result.problems or not self._kernel.alive():
             # The next round must not suffer for this one.
             self.close()
@@ -205,7 +216,18 @@ class Series:
                 with contextlib.suppress(psutil.Error):
                     if process.ppid() not in {kernel.pid for kernel in self._others}:
                         process.kill()
+            self._restore()
         return result
+
+
+def series(temp: Path, others: Sequence[Kernel] = ()) -> Series[Plan]:
+    """Return rounds on this machine.
+
+    Args:
+        temp: This process's temporary directory, and the kernels'.
+        others: Kernels that are none of the rounds', and stay.
+    """
+    return Series(new_kernel, lambda plan, kernel: _Round(plan, kernel, temp, others).play(), others=others)
 
 
 def new_kernel() -> Kernel:
@@ -259,15 +281,37 @@ def wait_for(condition: Callable[[], Any], seconds: float) -> Any:
     return value
 
 
-class _Round:
-    def __init__(self, plan: Plan, kernel: Kernel, folder: Path, temp: Path, others: Sequence[Kernel]) -> None:
+class Round(Generic[_Plan]):
+    """What all rounds have.
+
+    Args:
+        plan: What to do.
+        kernel: Where.
+        temp: This process's temporary directory, and the kernel's.
+        others: Other kernels that are there, and stay.
+    """
+
+    def __init__(self, plan: _Plan, kernel: Kernel, temp: Path, others: Sequence[Kernel]) -> None:
         self._others = others
         self._plan = plan
         self._kernel = kernel
-        self._folder = folder
+        self._folder = temp / "reached"
         self._temp = temp
         self._result = Result(plan)
 
+    def _over(self, request: Request, seconds: float) -> bool:
+        return request.wait(seconds, lambda: not self._kernel.alive()) or not self._kernel.alive()
+
+    def _see_that_it_works(self, cell: str, seconds: float) -> None:
+        """Run another cell, unless the kernel is gone."""
+        request = self._kernel.ask(cell)
+        over = self._over(request, seconds)
+        # SIGTERM may have come so late that the kernel ends only now.
+        if not over or (self._kernel.alive() and request.reply.status != "ok"):
+            self._result.problems.append(f"the next cell: {shown(request)}")
+
+
+class _Round(Round[Plan]):
     def play(self) -> Result:
         plan, result = self._plan, self._result
         request = self._begin()
@@ -369,9 +413,6 @@ class _Round:
             if plan.victim != "kernel":
                 problems.append("the kernel is gone, and nobody has hit it")
 
-    def _over(self, request: Request, seconds: float) -> bool:
-        return request.wait(seconds, lambda: not self._kernel.alive()) or not self._kernel.alive()
-
     # (b) Nothing is left.
 
     def _look_for_leftovers(self) -> None:
@@ -397,16 +438,13 @@ class _Round:
 
     def _run_another(self) -> None:
         if self._kernel.alive():
-            request = self._kernel.ask("%%ddp --cpus 2\nprint('again')")
-            over = self._over(request, _AT_MOST)
-            # SIGTERM may have come so late that the kernel ends only now.
-            if not over or (self._kernel.alive() and request.reply.status != "ok"):
-                self._result.problems.append(f"the next cell: {_shown(request)}")
+            self._see_that_it_works("%%ddp --cpus 2\nprint('again')", _AT_MOST)
             # What is left of it must not be taken for the next round's.
             wait_for(lambda: not self._left(), _GONE_IF_STOPPED)
 
 
-def _shown(request: Request) -> str:
+def shown(request: Request) -> str:
+    """Return how a cell ended, and all that it has shown."""
     if request.returned_at is None:
         return f"did not return: {request.reply.text}"
     return f"{request.reply.status}: {request.reply.text}\n{request.reply.traceback}"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernel import Kernel
-from tests.rounds import Plan, Series
+from tests.rounds import Plan, series
 
 pytestmark = pytest.mark.slow
 
@@ -19,11 +19,11 @@ def test_whatever_is_hit_nothing_is_left_and_the_next_cell_works(
     private_folders: Path, open_kernels: list[Kernel]
 ) -> None:
     seed = random.SystemRandom().randrange(10**6)
-    series = Series(private_folders, open_kernels)
+    rounds = series(private_folders, open_kernels)
     try:
-        results = [series.play(Plan.draw(seed, number)) for number in range(ROUNDS)]
+        results = [rounds.play(Plan.draw(seed, number)) for number in range(ROUNDS)]
     finally:
-        series.close()
+        rounds.close()
     failed = [
         f"python benchmarks/stop.py rounds --seed {seed} --only {result.plan.number}\n{result}"
         for result in results
