@@ -310,16 +310,14 @@ def threads_of_user() -> int:
 def oom_kills() -> int:
     """Return how many processes the kernel has killed for want of memory, as far as this process can see.
 
-    Counts those of this process's cgroup, or of the whole machine; only a rise between two calls means anything.
+    Counts the whole machine and this process's cgroup; only a rise between two calls means anything.
     """
-    return sum(map(_oom_kills_of, _oom_counters()))
-
-
-def _oom_kills_of(path: str | Path) -> int:
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        if (found := _OOM_KILL.search(file.read())) is not None:
-            return int(found[1])
-    return 0
+    total = 0
+    for path in _oom_counters():
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if (found := _OOM_KILL.search(file.read())) is not None:
+                total += int(found[1])
+    return total
 
 
 _OOM_KILL = re.compile(rb"^oom_kill (\d+)$", re.MULTILINE)
@@ -327,22 +325,14 @@ _OOM_KILL = re.compile(rb"^oom_kill (\d+)$", re.MULTILINE)
 
 @functools.cache
 def _oom_counters() -> tuple[str, ...]:
-    """Return the files that count them, which each cell reads.
-
-    A cgroup counts its own processes whatever they were killed for: a limit of its own, or the machine's memory. The
-    machine's counter is among a hundred others, which takes ten times as long to read.
-    """
+    """Return the files that count them; each cell reads them twice."""
     paths = (
+        Path("/proc/vmstat"),
         Path("/sys/fs/cgroup/memory.events"),
         _own_cgroup() / "memory.events",
         _own_cgroup("memory") / "memory.oom_control",
     )
-    found = []
-    for path in paths:
-        with contextlib.suppress(OSError):
-            if _OOM_KILL.search(path.read_bytes()) is not None:
-                found.append(str(path))
-    return tuple(found) or ("/proc/vmstat",)
+    return tuple(str(path) for path in paths if path.exists())
 
 
 def all_threads() -> int:

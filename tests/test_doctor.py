@@ -86,11 +86,11 @@ def test_the_log_of_the_run_before_stays(kernel: Kernel) -> None:
     kernel.ok("%%ddp --cpus 1\nprint('the last words of a run')")
     kernel.ok("import os\nfrom nbddp._function import client")
     count = "sum(name.startswith('logs-') for name in os.listdir(client.session.root))"
+    kernel.ok("%ddp log")  # which makes them files
     before = kernel.get(count)
     doctor(kernel)
     assert kernel.ok("%ddp log --rank 0").text == "the last words of a run\n"
-    # The logs of the run before that one may have been on their way out.
-    assert kernel.get(count) <= before
+    assert kernel.get(count) == before == 1
 
 
 def test_few_open_files(new_kernel: Callable[..., Kernel]) -> None:

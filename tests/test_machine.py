@@ -404,7 +404,7 @@ UP = "%%ddp --cpus 2{}\nprint('up', flush=True)\ntime.sleep(0.5)\n"
 def test_a_disk_that_is_full_in_the_middle_of_a_run(new_kernel: Callable[..., Kernel], small_disk: Path) -> None:
     kernel = new_kernel(env={"TMPDIR": str(small_disk)})
     prepare(kernel)
-    kernel.ok("import time")
+    kernel.ok("import time\nprint('x' * 200_000)")  # pyzmq starts a thread of its own at the first large message
     before = kernel.get("state()")
 
     def run(cell: str, options: str = "") -> Reply:
@@ -415,13 +415,21 @@ def test_a_disk_that_is_full_in_the_middle_of_a_run(new_kernel: Callable[..., Ke
         return reply
 
     # The log is cut, the cell has everything, and a line says so.
-    reply = run("for n in range(500):\n    print('line', n)\nw = 5", " --out w")
+    reply = run("for n in range(5000):\n    print('line', n)\nw = 5", " --out w")
     assert reply.status == "ok"
     assert kernel.get("w") == 5
     for rank in (0, 1):
         mine = [line for line in reply.text.splitlines() if line.startswith(f"[rank {rank}] ")]
-        assert [line for line in mine if "line" in line] == [f"[rank {rank}] line {n}" for n in range(500)]
+        assert [line for line in mine if "line" in line] == [f"[rank {rank}] line {n}" for n in range(5000)]
         assert mine.count(f"[rank {rank}] (nbddp: the log of this rank ends here: No space left on device)") == 1
+    # A short log needs no room until somebody asks for it.
+    kernel.ok("%%ddp --cpus 2\nprint('short')")
+    fill(small_disk)
+    reply = kernel.run("%ddp log --rank 1")
+    assert reply.error == "LaunchError"
+    assert reply.message.startswith(f"cannot write the logs in {small_disk}: no space left on device. Either make room")
+    (small_disk / "filler").unlink()
+    assert kernel.ok("%ddp log --rank 1").text == "short\n"
     # Errors are whole.
     reply = run("if rank == 1:\n    raise ValueError('mine')\ndist.barrier()")
     assert reply.failure == "rank 1 of 2 raised ValueError: mine"
