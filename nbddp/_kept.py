@@ -192,23 +192,27 @@ class Kept:
                 "filename": cell.filename,
                 "number": cell.number,
                 "header": cell.header,
+                "is_python": cell.is_python,
                 **arguments,
             },
         )
 
-    def begin(self, relay: Relay) -> None:
-        """Set the cell going; the first one starts the ranks."""
+    def ask(self) -> None:
+        """Send the cell to the ranks, which are there."""
         assert self.world is not None
         ranks = self.world.ranks
         ranks.values.clear()
-        self._pending.replay(relay)
-        if not self.world.started and not ranks.states:
-            ranks.ready = self._ask
-            self.world.start()
-            return
         ranks.times = {"asked": time.monotonic()}
         for state in ranks.states.values():
             self._ask(state)
+
+    def begin(self, relay: Relay) -> None:
+        """Show what they have printed since the last cell; where there was none, start the ranks, which then ask."""
+        assert self.world is not None
+        self._pending.replay(relay)
+        if not self.world.started and not self.world.ranks.states:
+            self.world.ranks.ready = self._ask
+            self.world.start()
 
     def _ask(self, state: RankState) -> None:
         assert self.world is not None

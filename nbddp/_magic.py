@@ -225,7 +225,7 @@ class DDPMagics(Magics):
         self._check_bound("--gather", [name for name in options.gather if name not in held], uses)
         own = self._own_names()
         return self._new_job(
-            cell=Cell(source, filename, number, header),
+            cell=Cell(source, filename, number, header, is_python=transformed.rstrip("\n") == source.rstrip("\n")),
             names={name: own[name] for name in uses.taken if name in own},
             options=options,
             lines=uses.taken,

@@ -20,7 +20,7 @@ from nbddp._paths import RunDir, cannot_write, format_size
 from nbddp._relay import Relay
 from nbddp._report import Circumstances, error_of, interrupted
 from nbddp._run import Ending, Run
-from nbddp._running import UnderWay, running
+from nbddp._running import UnderWay, under_way
 from nbddp._screen import Screen
 from nbddp._script import Script
 from nbddp._stop import InterruptGate
@@ -253,6 +253,9 @@ class Prepared:
         kept = self.kept
         if kept is not None and kept.world is not None:
             with contextlib.ExitStack() as stack:
+                if not self.job.last:
+                    # First of all: they begin while this process gets ready to follow them.
+                    kept.ask()
                 return self._follow(kept.world, self._relay(kept.secret, stack), gate)
         secret = self.launch.env[_settings.MARK]
         launch = replace(self.launch, start_method=start_method)
@@ -318,36 +321,33 @@ class Prepared:
             # It takes as long as the ranks take to begin.
             oom_kills = _process.oom_kills()
 
-        run = Run(
-            world,
-            relay,
-            None if self.job.view.plain or not self.screen.in_place else self.screen,
-            Meter(_devices.gpus_of(self.devices, world.launch.env)),
-            gate,
-            begin=begin,
-            stay=kept is not None and not self.job.last,
-            plain=self.job.view.plain,
-            timeout=self.job.options.timeout,
-            grace=self.job.grace,
-            wait_until_gone=(
-                self.devices.gpus
-                or self.job.last
-                or world.launch.nnodes > 1
-                or self.devices.placement is not None  # and their allocation is given back
-            ),
-        )
-        under_way = UnderWay(run, self.run_dir, self._sources(), self.job.background)
-        running.append(under_way)
         try:
-            ending = run.wait()
+            run = Run(
+                world,
+                relay,
+                None if self.job.view.plain or not self.screen.in_place else self.screen,
+                Meter(_devices.gpus_of(self.devices, world.launch.env)),
+                gate,
+                begin=begin,
+                stay=kept is not None and not self.job.last,
+                plain=self.job.view.plain,
+                timeout=self.job.options.timeout,
+                grace=self.job.grace,
+                wait_until_gone=(
+                    self.devices.gpus
+                    or self.job.last
+                    or world.launch.nnodes > 1
+                    or self.devices.placement is not None  # and their allocation is given back
+                ),
+            )
+            with under_way(UnderWay(run, self.run_dir, self._sources(), self.job.background)):
+                ending = run.wait()
         except BaseException as error:
             if kept is not None:
                 kept.close()
             if not (world.started and _limits.is_about_files(error)):
                 raise
             raise RunLostError(_limits.no_more_files("the run cannot be followed any more")) from error
-        finally:
-            running.remove(under_way)
         failure = None
         if ending.cause != "done":
             said = {output.rank: output.recent for output in relay.outputs}

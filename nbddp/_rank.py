@@ -253,6 +253,7 @@ def _run_cell(
     number: int,
     header: str,
     colors: str,
+    is_python: bool = False,
     out: tuple[str, ...],
     gather: tuple[str, ...],
     first: int = 0,
@@ -269,6 +270,7 @@ def _run_cell(
         shell.failing = _state.notebook.failing
         if _state.kept is None:
             _state.notebook.begin(filename)
+    shell.python = cell if is_python else None
     error = shell.run(namespace, cell, filename=filename, number=number, header=header, cells=cells, colors=colors)
     _complete("cell")
     outcome = outcome_of(error, shell.traceback)

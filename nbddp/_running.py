@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nbddp import _where
@@ -49,3 +51,13 @@ class UnderWay:
 
 # Shown or not.
 running: list[UnderWay] = []
+
+
+@contextlib.contextmanager
+def under_way(run: UnderWay) -> Iterator[None]:
+    """Have others know of a run, as long as it is under way."""
+    running.append(run)
+    try:
+        yield
+    finally:
+        running.remove(run)

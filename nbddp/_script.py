@@ -29,12 +29,14 @@ class Cell:
         filename: What tracebacks call it; the notebook's own name for the cell's code.
         number: The notebook's execution count, for "Cell In[5]".
         header: What stands above `source` in the notebook's cell: the magic line.
+        is_python: Whether it is Python as it stands, without magics.
     """
 
     source: str
     filename: str
     number: int
     header: str = ""
+    is_python: bool = False
 
 
 @dataclass(frozen=True)

@@ -123,6 +123,7 @@ class RankShell(InteractiveShell):
         clear: What ``clear_output`` calls.
         failing: Called with what the cell has raised, before its traceback is made.
         traceback: The lines of the last traceback, as the notebook would show them.
+        python: The cell, if the notebook has found that there is no magic in it; else None.
     """
 
     displayhook_class = Type(_DisplayHook)
@@ -133,6 +134,7 @@ class RankShell(InteractiveShell):
     clear: Callable[[bool], None] = staticmethod(lambda _: None)
     failing: Callable[[BaseException], None] = staticmethod(lambda _: None)
     cell_is_quiet = False
+    python: str | None = None
     traceback: tuple[str, ...] = ()
     _cells: Mapping[str, int] = MappingProxyType({})
     _interrupted: bool | None = None
@@ -144,6 +146,14 @@ class RankShell(InteractiveShell):
 
     def enable_gui(self, gui: str | None = None) -> None:
         """Accept what ``%matplotlib`` asks for; a rank has no event loop of a user interface."""
+
+    def transform_cell(self, raw_cell: str) -> str:
+        """Return a cell as Python; in what has no magics they need not be looked for again."""
+        return f"{raw_cell}\n" if raw_cell == self.python else str(super().transform_cell(raw_cell))
+
+    def should_run_async(self, raw_cell: str, **given: Any) -> bool:
+        """Tell whether a cell awaits something; IPython compiles it for that."""
+        return ("await" in raw_cell or "async" in raw_cell) and bool(super().should_run_async(raw_cell, **given))
 
     def _tee(self, channel: str) -> contextlib.AbstractContextManager[None]:
         # IPython 9 would keep all that the cell prints in memory, for a history that nobody reads.
