@@ -18,6 +18,7 @@ from typing import Any
 from nbddp import _allocation, _limits
 from nbddp._devices import gpus_of
 from nbddp._errors import LaunchError, NbddpError
+from nbddp._log_files import Logs
 from nbddp._prepared import Finished, Prepared
 from nbddp._screen import CellScreen, MimeBundle, NotebookScreen, screen_of
 from nbddp._stop import InterruptGate
@@ -59,7 +60,7 @@ class BackgroundRun:
         self._began = time.monotonic()
         self._thread = threading.Thread(target=self._follow, name=f"nbddp-{name}", daemon=True)
         # They would pile up otherwise; the session's end takes what is left, and not that of a child that was forked.
-        weakref.finalize(self, self._logs.delete).atexit = False
+        weakref.finalize(self, _delete, self._logs, self._pid).atexit = False
 
     def start(self) -> None:
         """Begin. Raises LaunchError if no thread can be started."""
@@ -156,12 +157,12 @@ class BackgroundRun:
             has = "rank 0" if self._ranks == 1 else f"ranks 0 to {self._ranks - 1}"
             raise LaunchError(f"{self.name}.log({rank}): it has {has}")
         try:
-            text = Path(self._logs.saved(), f"rank{rank}.log").read_text(errors="replace")
+            text = Path(self._logs.saved(rank), f"rank{rank}.log").read_text(errors="replace")
         except FileNotFoundError:  # it has not begun
             return ""
         except OSError as error:
             why = error.strerror or str(error)
-            raise LaunchError(f"{self.name}.log({rank}): it cannot be written to a file: {why}") from error
+            raise LaunchError(f"{self.name}.log({rank}): it cannot be written or read: {why}") from error
         return text if tail is None else "".join(text.splitlines(keepends=True)[-tail:])
 
     def __repr__(self) -> str:
@@ -257,6 +258,12 @@ class BackgroundRun:
         with contextlib.suppress(Exception):  # the front end may be gone
             self._screen.write(line)
         return line
+
+
+def _delete(logs: Logs, pid: int) -> None:
+    """Delete the logs of a run whose handle is gone: not in a forked child, which has neither them nor the run."""
+    if os.getpid() == pid:
+        logs.delete()
 
 
 class BackgroundScreen:

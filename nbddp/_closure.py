@@ -85,6 +85,7 @@ def explain(
     namespace: dict[str, Any],
     lines: Mapping[str, Sequence[int]],
     snapshot: Snapshot | None = None,
+    held: Collection[str] = (),
 ) -> list[str]:
     """Return lines on what goes to the ranks: types, sizes, where it is used, what goes by value and by reference.
 
@@ -93,6 +94,7 @@ def explain(
         namespace: The notebook's whole namespace.
         lines: For each name, the lines of the cell that use it.
         snapshot: The snapshot of `names`, if there is one already.
+        held: Names that the ranks have, and of which functions bring no value.
 
     Raises:
         CaptureError: A value cannot be pickled.
@@ -103,7 +105,7 @@ def explain(
     # Less than the sum, if some share memory, or are brought by others.
     text = [f"sent to each rank, {format_size(snapshot.nbytes)} in all:"]
     rows = [("name", "type", "size", "used on line")] if lines else []
-    users = _brought(names, namespace, snapshot.met)
+    users = _brought({*names, *held}, namespace, snapshot.met)
     values = {**names, **{name: namespace[name] for name in users}}
     for item in describe(values, namespace):
         size = "by name" if goes_by_name(values[item.name]) else format_size(item.nbytes)

@@ -130,6 +130,7 @@ def dry_run(job: Job, client: _client.Client) -> str:
     _limits.check_files(0)
     env = {**os.environ, **job.options.env}
     kept = _kept.current() if job.options.keep else None
+    held: frozenset[str] = frozenset()
     with InterruptGate() as gate:
         if kept is not None and kept.devices is not None:
             kept.check(job.options)
@@ -140,7 +141,8 @@ def dry_run(job: Job, client: _client.Client) -> str:
             devices = _devices.choose(job.options, env, lambda: client.count_gpus(env, gate))
             _check_backend(job.options, devices, lambda: client.backends(env, gate))
         with gate.open():
-            snapshot = _closure.capture(job.names, job.namespace, job.lines, job.place)
+            known = kept.definitions if kept is not None else ()
+            snapshot = _closure.capture(job.names, job.namespace, job.lines, job.place, known=known, held=held)
     if job.options.keep_script is not None:
         _export(_script(job, devices, snapshot), job.options.keep_script)
     lines = [devices.note] if devices.note else []
@@ -154,7 +156,7 @@ def dry_run(job: Job, client: _client.Client) -> str:
     lines.append(
         command if kept is None else f"on the kept {'rank' if devices.ranks == 1 else 'ranks'}; nothing is started"
     )
-    return "\n".join([*lines, *_closure.explain(job.names, job.namespace, job.lines, snapshot)])
+    return "\n".join([*lines, *_closure.explain(job.names, job.namespace, job.lines, snapshot, held)])
 
 
 def _torchrun_options(job: Job, devices: _devices.Devices, client: _client.Client, env: Mapping[str, str]) -> list[str]:
@@ -234,7 +236,7 @@ def prepare(
     prepared = Prepared(job, client, screen, devices, kept, names, closure.met, times, said)
     prepared.make_room()
     try:
-        quick = there and not closure.nbytes
+        quick = there and not closure.stream.nbytes
         with interruptible(gate, "the script was written; nothing was launched", quick=quick):
             prepared.write(script)
     except BaseException:

@@ -27,11 +27,14 @@ class Log:
     Args:
         logs: Where it belongs.
         number: The rank, as its file is called.
+
+    Attributes:
+        number: The same.
     """
 
     def __init__(self, logs: Logs, number: int) -> None:
         self._logs = logs
-        self._number = number
+        self.number = number
         self._memory: bytearray | None = bytearray()
         self._fd: int | None = None
         self._closed = False
@@ -70,14 +73,16 @@ class Log:
 
     def rename(self, number: int) -> None:
         """Have it belong to a rank of another number."""
-        before, self._number = self._path, number
-        if self._memory is None:
-            with contextlib.suppress(OSError):  # as it was made, then
-                os.rename(before, self._path)
+        if self._memory is not None:
+            self.number = number
+            return
+        before, self.number = self._path, number
+        with contextlib.suppress(OSError):  # as it was made, then
+            os.rename(before, self._path)
 
     @property
     def _path(self) -> str:
-        return os.path.join(self._logs.folder(), f"rank{self._number}.log")
+        return os.path.join(self._logs.folder(), f"rank{self.number}.log")
 
     def _to_file(self) -> None:
         if self._memory is None:
@@ -119,19 +124,22 @@ class Logs:
         self._parent = parent
         self._folder: str | None = None
         self._moved = False
-        self._logs: list[Log] = []
+        self._logs: dict[int, Log] = {}
 
     def new(self, number: int) -> Log:
-        """Begin the log of a rank."""
-        log = Log(self, number)
-        self._logs.append(log)
-        return log
+        """Begin the log of a rank; what there was of one of that number is left out: its run has begun anew."""
+        with self.lock:
+            if (before := self._logs.get(number)) is not None:
+                before.close()
+            log = self._logs[number] = Log(self, number)
+            return log
 
     def number_from(self, first: int) -> None:
         """Name them by other numbers: the first is that of rank `first`."""
         with self.lock:
-            for number, log in reversed([*enumerate(self._logs, first)]):
-                log.rename(number)
+            # The last first: no file may be put in another's place.
+            for number in sorted(self._logs, reverse=True):
+                self._logs[number].rename(number + first)
 
     def folder(self) -> str:
         """Return their folder, which is made if there is none.
@@ -144,17 +152,26 @@ class Logs:
                 self._folder = tempfile.mkdtemp(prefix="logs-", dir=self._parent)
             return self._folder
 
-    def saved(self) -> str:
-        """Return the folder in which each rank that has begun has its file, ``rank0.log`` and so on.
+    def saved(self, number: int | None = None) -> str:
+        """Return the folder in which each rank has its file, ``rank0.log`` and so on.
+
+        Args:
+            number: The rank whose file has to be there; None for all.
 
         Raises:
-            OSError: They cannot be written.
+            OSError: It cannot be written; the others are there.
         """
+        failure = None
         with self.lock:
             folder = self.folder()
-            for log in self._logs:
-                log.save()
-            return folder
+            for log in self._logs.values():
+                try:
+                    log.save()
+                except OSError as error:
+                    failure = failure or (error if number in (None, log.number) else None)
+        if failure is not None:
+            raise failure
+        return folder
 
     def move(self, target: str) -> None:
         """Move the folder to where it stays; if that is a renaming, what is still written goes along.
@@ -163,13 +180,19 @@ class Logs:
             OSError: It cannot be moved.
         """
         with self.lock:
-            self._folder = shutil.move(self.saved(), target)
+            # What is still in memory need not find room where they are.
+            if self._folder is None:
+                os.makedirs(target, 0o700)
+                self._folder = target
+            else:
+                self._folder = shutil.move(self._folder, target)
             self._moved = True
+            self.saved()
 
     def delete(self) -> None:
         """Delete the files, unless they were moved; what is still written is not kept either."""
         with self.lock:
             while self._logs:  # which have this object, and need no garbage collector now
-                self._logs.pop().close()
+                self._logs.popitem()[1].close()
             if self._folder is not None and not self._moved:
                 shutil.rmtree(self._folder, ignore_errors=True)

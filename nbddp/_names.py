@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dis
+import itertools
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator
@@ -194,7 +195,9 @@ def globals_of(code: types.CodeType, depth: int = 0) -> Iterator[tuple[int, str,
     in_class = depth > 0 and not code.co_flags & 0x02  # CO_NEWLOCALS
     # What dis does for people takes ten times as long, and each cell waits for this. A test holds both to agree.
     units, high = code.co_code, 0
-    for opcode, low, position in zip(units[::2], units[1::2], code.co_positions(), strict=True):
+    # Made by other programs, code may have no lines.
+    positions = itertools.chain(code.co_positions(), itertools.repeat((None,)))
+    for opcode, low, position in zip(units[::2], units[1::2], positions, strict=False):
         argument = high | low
         high = argument << 8 if opcode == dis.EXTENDED_ARG else 0
         if opcode in _OPCODES:

@@ -190,6 +190,8 @@ class Prepared:
         """Delete its files, if it is not to be run."""
         if self._starts_ranks:
             self.client.session.end_run(self.run_dir)
+        else:
+            self.run_dir.clear_cell()
         if self.logs is not None:
             self.logs.delete()
 
@@ -253,10 +255,11 @@ class Prepared:
         kept = self.kept
         if kept is not None and kept.world is not None:
             with contextlib.ExitStack() as stack:
+                relay = self._relay(kept.secret, stack)
                 if not self.job.last:
-                    # First of all: they begin while this process gets ready to follow them.
+                    # They begin while this process gets ready to follow them.
                     kept.ask()
-                return self._follow(kept.world, self._relay(kept.secret, stack), gate)
+                return self._follow(kept.world, relay, gate)
         secret = self.launch.env[_settings.MARK]
         launch = replace(self.launch, start_method=start_method)
         _limits.check_files(self.devices.ranks)
@@ -314,12 +317,15 @@ class Prepared:
 
         def begin() -> None:
             nonlocal oom_kills
+            there = world.started
+            if there:  # and the ranks have begun
+                oom_kills = _process.oom_kills()
             if kept is None:
                 world.start()
             else:
                 (kept.leave if self.job.last else kept.begin)(relay)
-            # It takes as long as the ranks take to begin.
-            oom_kills = _process.oom_kills()
+            if not there:  # it takes as long as the ranks take to begin
+                oom_kills = _process.oom_kills()
 
         try:
             run = Run(

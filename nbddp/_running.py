@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from nbddp import _where
 from nbddp._paths import RunDir
 from nbddp._run import Run
+from nbddp._uplink import LOOK_SIGNAL
 from nbddp._where import Sources
 
 # Seconds that ranks have to write their stacks; they need microseconds.
@@ -41,7 +42,7 @@ class UnderWay:
         states = self.run.states
         waited_for = [state for state in states.values() if not state.ended]
         for state in waited_for:
-            self.run.world.take_stack(state)
+            self.run.world.take_stack(state, LOOK_SIGNAL)
         deadline = time.monotonic() + _STACK_SECONDS
         while waited_for and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -148,8 +148,12 @@ class RankShell(InteractiveShell):
         """Accept what ``%matplotlib`` asks for; a rank has no event loop of a user interface."""
 
     def transform_cell(self, raw_cell: str) -> str:
-        """Return a cell as Python; in what has no magics they need not be looked for again."""
-        return f"{raw_cell}\n" if raw_cell == self.python else str(super().transform_cell(raw_cell))
+        """Return a cell as Python; in what has no magics they need not be looked for again.
+
+        One line alone may be a magic that only this process knows, and the cells may have their own transformers.
+        """
+        known = raw_cell == self.python and "\n" in raw_cell.strip() and not self.input_transformers_post
+        return f"{raw_cell}\n" if known else str(super().transform_cell(raw_cell))
 
     def should_run_async(self, raw_cell: str, **given: Any) -> bool:
         """Tell whether a cell awaits something; IPython compiles it for that."""

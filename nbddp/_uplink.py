@@ -32,6 +32,9 @@ from nbddp._paths import RunDir
 # signal: SIGUSR1 and SIGUSR2 are the user's.
 STACK_SIGNAL = getattr(signal, "SIGRTMIN", 23) + 7  # 30 is SIGUSR1 on macOS, which has no others
 
+# The same, for who only looks: it has system calls go on that it interrupts.
+LOOK_SIGNAL = STACK_SIGNAL + 1 if hasattr(signal, "SIGRTMIN") else STACK_SIGNAL
+
 _C = ctypes.CDLL(None)
 
 _PIPE_SIZE = 1 << 20
@@ -78,10 +81,10 @@ class Uplink:
         local = _settings.number(os.environ)
         self._stacks = open(run.stacks(local), "wb")  # noqa: SIM115  # faulthandler keeps its descriptor
         faulthandler.enable(self._stacks, all_threads=False)
-        faulthandler.register(STACK_SIGNAL, self._stacks, all_threads=False)
-        # It would have system calls go on that it interrupts. An interrupt comes right behind it, often while the stack
-        # is being written, and Python would hear of it only when the main thread has waited to the end: for a child, a
-        # lock, a socket.
+        for signum in (LOOK_SIGNAL, STACK_SIGNAL):
+            faulthandler.register(signum, self._stacks, all_threads=False)
+        # Before an interrupt no system call may go on: the interrupt often comes while the stack is being written, and
+        # Python would hear of it only when the main thread has waited to the end: for a child, a lock, a socket.
         signal.siginterrupt(STACK_SIGNAL, True)
         pidfd = _process.open_pidfd(os.getpid())
         fds = [out] if pidfd is None else [out, pidfd]

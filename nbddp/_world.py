@@ -125,8 +125,13 @@ class World:
 
     # What ranks are told.
 
-    def take_stack(self, state: RankState) -> None:
-        """Have a rank write the Python stack of its main thread to its file in the run directory; from any thread."""
+    def take_stack(self, state: RankState, signum: int = STACK_SIGNAL) -> None:
+        """Have a rank write the Python stack of its main thread to its file in the run directory; from any thread.
+
+        Args:
+            state: The rank.
+            signum: `nbddp._uplink.LOOK_SIGNAL` if it is to go on as if nothing had been.
+        """
         path = RunDir.from_environment(self.launch.run_dir).stacks(state.local)
         with self._closing:
             if self._closed or self.ranks.states.get(state.local) is not state:
@@ -136,7 +141,7 @@ class World:
                 with contextlib.suppress(OSError):
                     self._send("stack", rank=state.rank)
             else:
-                _process.signal_main_thread(state.pid, state.pidfd, STACK_SIGNAL)
+                _process.signal_main_thread(state.pid, state.pidfd, signum)
 
     def interrupt(self, state: RankState) -> None:
         """Have Python raise KeyboardInterrupt in a rank."""

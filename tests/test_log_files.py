@@ -104,6 +104,48 @@ def test_without_room_it_is_said_once_and_the_beginning_stays(logs: Logs) -> Non
     assert texts(logs) == {"rank0.log": b"a" * 1000}
 
 
+def test_a_run_that_begins_anew_has_a_log_of_its_own(logs: Logs) -> None:
+    first = logs.new(0)
+    first.write(b"cannot fork\n")
+    second = logs.new(0)
+    second.write(b"x" * 50_000)
+    first.write(b"more")
+    second.write(b"end")
+    assert texts(logs) == {"rank0.log": b"x" * 50_000 + b"end"}
+    logs.number_from(3)
+    assert texts(logs) == {"rank3.log": b"x" * 50_000 + b"end"}
+
+
+def test_one_that_finds_no_room_does_not_hide_the_others(logs: Logs) -> None:
+    for number in range(3):
+        logs.new(number).write(b"%d" % number)
+    Path(logs.folder(), "rank1.log").symlink_to("/dev/full")
+    assert Path(logs.saved(0), "rank0.log").read_bytes() == b"0"
+    assert Path(logs.saved(2), "rank2.log").read_bytes() == b"2"
+    with pytest.raises(OSError, match="No space left"):
+        logs.saved(1)
+    with pytest.raises(OSError, match="No space left"):
+        logs.saved()
+
+
+@pytest.mark.parametrize("made", [False, True])
+def test_they_are_moved_to_where_there_is_room(tmp_path: Path, made: bool) -> None:
+    (tmp_path / "here").mkdir()
+    logs = Logs(str(tmp_path / "here"))
+    logs.new(0).write(b"short")
+    if made:
+        logs.folder()
+    logs.move(str(tmp_path / "there"))
+    assert (tmp_path / "there" / "rank0.log").read_bytes() == b"short"
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_another_number_needs_no_room(tmp_path: Path) -> None:
+    logs = Logs(str(tmp_path / "gone"))
+    logs.new(0).write(b"a")
+    logs.number_from(2)
+
+
 def test_it_can_be_read_while_it_is_written(logs: Logs) -> None:
     log = logs.new(0)
     lines = [b"%d\n" % i for i in range(20_000)]
