@@ -153,7 +153,9 @@ class RankShell(InteractiveShell):
         One line alone may be a magic that only this process knows, and the cells may have their own transformers.
         """
         known = raw_cell == self.python and "\n" in raw_cell.strip() and not self.input_transformers_post
-        return f"{raw_cell}\n" if known else str(super().transform_cell(raw_cell))
+        if not known:
+            return str(super().transform_cell(raw_cell))
+        return raw_cell if raw_cell.endswith("\n") else f"{raw_cell}\n"
 
     def should_run_async(self, raw_cell: str, **given: Any) -> bool:
         """Tell whether a cell awaits something; IPython compiles it for that."""

@@ -18,7 +18,7 @@ import pytest
 from tests.cluster import Slurm
 from tests.conftest import need_slurm
 from tests.kernel import Kernel, Reply, Request
-from tests.node_rounds import Plan, Series
+from tests.node_rounds import Plan, series
 
 SECONDS = 90.0
 
@@ -454,11 +454,11 @@ def test_whatever_is_hit_nothing_is_left_and_the_next_cell_works(
     slurm: Slurm, private_folders: Path, open_kernels: list[Kernel]
 ) -> None:
     seed = random.SystemRandom().randrange(10**6)
-    series = Series(private_folders, slurm, open_kernels)
+    rounds = series(private_folders, slurm, open_kernels)
     try:
-        results = [series.play(Plan.draw(seed, number)) for number in range(ROUNDS)]
+        results = [rounds.play(Plan.draw(seed, number)) for number in range(ROUNDS)]
     finally:
-        series.close()
+        rounds.close()
     failed = [
         f"python benchmarks/nodes.py rounds --seed {seed} --only {result.plan.number}\n{result}"
         for result in results
