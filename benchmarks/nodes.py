@@ -8,8 +8,8 @@ Markdown.
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
+import functools
 import os
 import re
 import shlex
@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from output import simulate
-from side_by_side import Table, ratio_row, write
+from side_by_side import Table, ratio_row, rounds_table, write
 
 from tests import node_rounds, rounds
 from tests.cluster import Slurm, Sshd, free_ports
@@ -355,20 +355,10 @@ def play(folder: Path, seed: int, numbers: range) -> list[Table]:
     """Rounds in which a random process, from the kernel to a rank, gets a random signal at a random moment."""
     slurm = Slurm(Path(tempfile.mkdtemp(dir=folder)), nodes=2)
     series = node_rounds.series(folder, slurm)
-    counts: collections.Counter[tuple[str, bool]] = collections.Counter()
-    print(f"seed {seed}", flush=True)
-    try:
-        for number in numbers:
-            result = series.play(node_rounds.Plan.draw(seed, number))
-            print(result, flush=True)
-            counts[result.plan.stage, bool(result.problems)] += 1
-    finally:
-        series.close()
-        slurm.close()
-    table = Table(f"Rounds on Slurm, seed {seed}", ("stage", "rounds", "failed", "goal"))
-    for stage in sorted({stage for stage, _ in counts}):
-        table.rows.append((stage, str(counts[stage, False] + counts[stage, True]), str(counts[stage, True]), "0"))
-    return [table]
+    with contextlib.closing(slurm), contextlib.closing(series):
+        draw = functools.partial(node_rounds.Plan.draw, seed)
+        show = functools.partial(print, flush=True)
+        return [rounds_table("Rounds on Slurm", seed, numbers, lambda k: series.play(draw(k)), show)]
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import os
 import platform
@@ -34,6 +35,37 @@ class Table:
 
         ruler = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
         return "\n".join([f"### {self.title}", "", line(self.head), ruler, *map(line, self.rows), ""])
+
+
+def rounds_table(
+    title: str, seed: int, numbers: range, play: Callable[[int], Any], show: Callable[[object], None]
+) -> Table:
+    """Play rounds (`tests.rounds`), show each, and return how many have failed at which stage.
+
+    Args:
+        title: What the table is called.
+        seed: What the rounds are drawn from.
+        numbers: Which of them.
+        play: Plays a round; returns a `tests.rounds.Result`.
+        show: Shows a line.
+    """
+    show(f"seed {seed}")
+    counts: collections.Counter[tuple[str, bool]] = collections.Counter()
+    failed = []
+    for number in numbers:
+        result = play(number)
+        show(result)
+        counts[result.plan.stage, bool(result.problems)] += 1
+        if result.problems:
+            failed.append(number)
+    table = Table(f"{title}, seed {seed}", ("stage", "rounds", "failed", "goal"))
+    for stage in sorted({stage for stage, _ in counts}):
+        bad = counts[stage, True]
+        table.rows.append((stage, str(counts[stage, False] + bad), str(bad), "0"))
+    table.rows.append(("in all", str(len(numbers)), str(len(failed)), "0"))
+    if failed:
+        show(f"failed: {', '.join(f'--seed {seed} --only {number}' for number in failed)}")
+    return table
 
 
 class Kernel:

@@ -8,7 +8,6 @@ as Markdown. Needs what the tests need.
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import os
 import signal
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import psutil
 from run import Torchrun, environment
-from side_by_side import IMPORTS, Table, write
+from side_by_side import IMPORTS, Table, rounds_table, write
 
 from tests import rounds
 from tests.kernel import Kernel
@@ -275,27 +274,9 @@ def _kill(folder: Path, stage: str, ranks: int) -> tuple[float, int]:
 
 def play(folder: Path, seed: int, numbers: range, show: Callable[[object], None]) -> list[Table]:
     """Rounds in which a random process gets a random signal at a random moment."""
-    show(f"seed {seed}")
     series = rounds.series(folder)
-    counts: collections.Counter[tuple[str, bool]] = collections.Counter()
-    failed = []
-    try:
-        for number in numbers:
-            result = series.play(rounds.Plan.draw(seed, number))
-            show(result)
-            counts[result.plan.stage, bool(result.problems)] += 1
-            if result.problems:
-                failed.append(number)
-    finally:
-        series.close()
-    table = Table(f"Rounds, seed {seed}", ("stage", "rounds", "failed", "goal"))
-    for stage in dict.fromkeys(stage for stage, _ in sorted(counts)):
-        bad = counts[stage, True]
-        table.rows.append((stage, str(counts[stage, False] + bad), str(bad), "0"))
-    table.rows.append(("in all", str(len(numbers)), str(len(failed)), "0"))
-    if failed:
-        show(f"failed: {', '.join(f'--seed {seed} --only {number}' for number in failed)}")
-    return [table]
+    with contextlib.closing(series):
+        return [rounds_table("Rounds", seed, numbers, lambda k: series.play(rounds.Plan.draw(seed, k)), show)]
 
 
 def main() -> None:

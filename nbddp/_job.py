@@ -236,8 +236,7 @@ def prepare(
     prepared = Prepared(job, client, screen, devices, kept, names, closure.met, times, said)
     prepared.make_room()
     try:
-        quick = there and not closure.stream.nbytes
-        with interruptible(gate, "the script was written; nothing was launched", quick=quick):
+        with interruptible(gate, "the script was written; nothing was launched"):
             prepared.write(script)
     except BaseException:
         prepared.discard()

@@ -61,7 +61,6 @@ class Kept:
         idle: Seconds without a cell after which they end.
         asked_idle: ... that the user has asked for.
         lost: What has ended them between two cells, if something has.
-        sent_file: Whether what the last cell has sent is in a file.
     """
 
     def __init__(self) -> None:
@@ -76,7 +75,6 @@ class Kept:
         self._sent: dict[str, int] = {}
         self._request = b""
         self._everywhere = False
-        self.sent_file = False
         self._on: frozenset[int] = frozenset()
         self._pending = _Pending()
         self.idle = IDLE_SECONDS
@@ -180,7 +178,7 @@ class Kept:
             raise cannot_write(what, self.run_dir.root, error) from error
         everyone = frozenset(range(self.devices.ranks))
         self._on = everyone if on is None else frozenset(on)
-        self._everywhere, self.sent_file = self._on == everyone, path is not None
+        self._everywhere = self._on == everyone
         self._request = _wire.encode(
             "cell",
             push=list(push),

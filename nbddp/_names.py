@@ -193,7 +193,7 @@ def globals_of(code: types.CodeType, depth: int = 0) -> Iterator[tuple[int, str,
     # A class body reads its own names by the instruction that reads global ones; what it has stored is its own.
     own: set[str] = set()
     in_class = depth > 0 and not code.co_flags & 0x02  # CO_NEWLOCALS
-    # What dis does for people takes ten times as long, and each cell waits for this. A test holds both to agree.
+    # What dis does for people takes six times as long, and each cell waits for this. A test holds both to agree.
     units, high = code.co_code, 0
     # Made by other programs, code may have no lines.
     positions = itertools.chain(code.co_positions(), itertools.repeat((None,)))

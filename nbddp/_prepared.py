@@ -69,17 +69,11 @@ class Said:
 
 
 @contextlib.contextmanager
-def interruptible(gate: InterruptGate, what: str, *, quick: bool = False) -> Iterator[None]:
-    """Let an interrupt tear the code inside; say then what that was.
-
-    Args:
-        gate: Tells of interrupts.
-        what: The code, as a clause.
-        quick: Whether it takes no time, so that an interrupt may as well wait for its end.
-    """
+def interruptible(gate: InterruptGate, what: str) -> Iterator[None]:
+    """Let an interrupt tear the code inside; say then what that was."""
     torn = False
     try:
-        with gate.passing() if quick else gate.open():
+        with gate.open():
             yield
     except KeyboardInterrupt:
         torn = True
@@ -190,8 +184,6 @@ class Prepared:
         """Delete its files, if it is not to be run."""
         if self._starts_ranks:
             self.client.session.end_run(self.run_dir)
-        else:
-            self.run_dir.clear_cell()
         if self.logs is not None:
             self.logs.delete()
 
@@ -213,22 +205,19 @@ class Prepared:
             NbddpError: It did not end well.
             KeyboardInterrupt: The user stopped it.
         """
-        no_files = False
         try:
             ending = self._run(gate)
-            quick = not (self.job.wanted.out or self.job.wanted.gather)
-            with interruptible(gate, "the results were loaded; nothing was assigned", quick=quick):
+            with interruptible(gate, "the results were loaded; nothing was assigned"):
                 reports = {rank: state.outcome or {} for rank, state in ending.ranks.items() if not state.spared}
                 results = _results.read(self.job.wanted, reports, self.sent, ending.ranks[0].rank)
             for wrapper in dict.fromkeys(reports[min(reports)].get("unwrapped", ())):
                 self.say(f"nbddp: {wrapper} was unwrapped: its .module came back")
             times = self.times | ending.times | {"results loaded": time.monotonic()}
-            no_files = quick and self.kept is not None and not self.kept.sent_file
             return Finished(results, ending.value, times)
         finally:
             if self._starts_ranks:  # or would have to, for another cell
                 self.client.session.end_run(self.run_dir)
-            elif not no_files:
+            else:
                 self.run_dir.clear_cell()
 
     def _run(self, gate: InterruptGate) -> Ending:

@@ -270,8 +270,16 @@ def _run_cell(
         shell.failing = _state.notebook.failing
         if _state.kept is None:
             _state.notebook.begin(filename)
-    shell.python = cell if is_python else None
-    error = shell.run(namespace, cell, filename=filename, number=number, header=header, cells=cells, colors=colors)
+    error = shell.run(
+        namespace,
+        cell,
+        filename=filename,
+        number=number,
+        header=header,
+        is_python=is_python,
+        cells=cells,
+        colors=colors,
+    )
     _complete("cell")
     outcome = outcome_of(error, shell.traceback)
     rank = _settings.number(os.environ)

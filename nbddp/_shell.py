@@ -123,7 +123,6 @@ class RankShell(InteractiveShell):
         clear: What ``clear_output`` calls.
         failing: Called with what the cell has raised, before its traceback is made.
         traceback: The lines of the last traceback, as the notebook would show them.
-        python: The cell, if the notebook has found that there is no magic in it; else None.
     """
 
     displayhook_class = Type(_DisplayHook)
@@ -134,9 +133,9 @@ class RankShell(InteractiveShell):
     clear: Callable[[bool], None] = staticmethod(lambda _: None)
     failing: Callable[[BaseException], None] = staticmethod(lambda _: None)
     cell_is_quiet = False
-    python: str | None = None
     traceback: tuple[str, ...] = ()
     _cells: Mapping[str, int] = MappingProxyType({})
+    _python: str | None = None
     _interrupted: bool | None = None
 
     def settings(self, traits: Mapping[str, Any]) -> None:
@@ -152,7 +151,7 @@ class RankShell(InteractiveShell):
 
         One line alone may be a magic that only this process knows, and the cells may have their own transformers.
         """
-        known = raw_cell == self.python and "\n" in raw_cell.strip() and not self.input_transformers_post
+        known = raw_cell == self._python and "\n" in raw_cell.strip() and not self.input_transformers_post
         if not known:
             return str(super().transform_cell(raw_cell))
         return raw_cell if raw_cell.endswith("\n") else f"{raw_cell}\n"
@@ -263,6 +262,7 @@ class RankShell(InteractiveShell):
         filename: str,
         number: int,
         header: str,
+        is_python: bool,
         cells: Mapping[str, int | None],
         colors: str,
     ) -> BaseException | None:
@@ -274,6 +274,7 @@ class RankShell(InteractiveShell):
             filename: The name under which its code is compiled.
             number: The notebook's execution count.
             header: What stands above `source` in the notebook's cell.
+            is_python: Whether the notebook has found no magic in it.
             cells: Execution counts of the notebook's other cells, by the file names of their code.
             colors: The notebook's traceback colours.
 
@@ -289,6 +290,7 @@ class RankShell(InteractiveShell):
                 self.colors = colors
         self.compile.cell_name = filename
         self.compile.cell_header = header
+        self._python = source if is_python else None
         self._hold_interrupts()
         self.cell_is_quiet = _ends_with_semicolon(source)
         self._name_cells({**cells, filename: number})

@@ -172,7 +172,8 @@ class InterruptGate:
         if not self._main:
             yield
             return
-        self._raise_if_pressed()
+        if self.presses:
+            raise KeyboardInterrupt
         handler = self._previous or signal.default_int_handler
         if callable(handler):
             handler = functools.partial(self._tear, handler, set(_callers(sys._getframe())))
@@ -184,17 +185,7 @@ class InterruptGate:
             # It has the frames, and this frame has it: what they hold, the user's tensors among it, would stay until
             # the garbage collector comes.
             handler = signal.SIG_DFL
-        self._raise_if_pressed()
-
-    @contextlib.contextmanager
-    def passing(self) -> Iterator[None]:
-        """Raise KeyboardInterrupt for an interrupt that came before the code inside, or during it."""
-        self._raise_if_pressed()
-        yield
-        self._raise_if_pressed()
-
-    def _raise_if_pressed(self) -> None:
-        if self._main and self.presses:
+        if self.presses:
             raise KeyboardInterrupt
 
     def _tear(
